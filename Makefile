@@ -1,0 +1,62 @@
+# Every target sets up .venv by itself; all it needs is make and Python 3.11 or newer.
+#   make test PYTHON=python3.12 ARGS='-k spec'
+
+PYTHON ?= python3
+ARGS ?=
+BENCH ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format types coverage bench runtimes clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## make, check and compare the tiers of a small model
+	$(BIN)/python fixtures/demo.py
+
+test: $(READY) ## run the tests, ARGS='-k name' for some of them
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test ## lint, types and tests: what must be green before a commit
+
+lint: $(READY) ## ruff: rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy cannot follow the mapping of passes/ to onnxforge.passes in place, so it reads an
+# installed wheel. The old build/ goes first: setuptools packs whatever it finds in there.
+types: $(READY) ## mypy on the wheel, as a user gets it
+	rm -rf build
+	mkdir -p build/types/empty
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w build/types .
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/types/site build/types/*.whl
+	cd build/types/empty && MYPYPATH=../site ../../../$(BIN)/mypy \
+	    --config-file ../../../pyproject.toml --cache-dir ../../../.mypy_cache -p onnxforge
+
+coverage: $(READY) ## run the tests and say which lines they never reach
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage report
+
+bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for options
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+runtimes: $(READY) ## ask the installed onnxruntime what it can load and run
+	$(BIN)/python benchmarks/runtimes.py
+
+clean: ## remove what make made
+	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .runtimes
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "onnxforge needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,124 @@
+"""The laws that passes are held to, on any model: one for each effect, and two for all."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxforge.core import Effect
+from onnxforge.errors import BrokenPass, Refused
+from onnxforge.lazy import BLOCK_BYTES, blocks, identity, reader
+from onnxforge.numerics.samples import random_inputs
+from onnxforge.runtime.session import RuntimeFailed, run
+from onnxforge.saving import save
+from onnxforge.skeleton import skeleton
+from onnxforge.weights import Weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxforge.core import Pass, Result
+
+__all__ = ["Witness", "digest", "payloads"]
+
+_SIZES = (8, 16, 64, 1, 3, 128)  # lengths to try for open axes
+
+
+def digest(model: ir.Model) -> str:
+    """SHA-256 of the graph, in which weights stand for where their bytes come from."""
+    content = skeleton(model)
+    text = content.proto.SerializeToString(deterministic=True)
+    text = text.replace(content.location.encode(), b"")
+    sources = repr([identity(tensor) for tensor in content.tensors])
+    return hashlib.sha256(text + sources.encode()).hexdigest()
+
+
+def payloads(model: ir.Model) -> list[tuple[str, str]]:
+    """Path and SHA-256 of the bytes of every weight, in order of the paths."""
+    found = []
+    for weight in Weights(model):
+        sha = hashlib.sha256()
+        read, buffer = reader(weight.tensor), np.empty(BLOCK_BYTES, np.uint8)
+        for start, stop in blocks(weight.tensor):
+            read(start, buffer[: stop - start])
+            sha.update(buffer[: stop - start])
+        found.append((weight.where, sha.hexdigest()))
+    return sorted(found)
+
+
+class Witness:
+    """Sees a model before a pass and holds the pass to its laws afterwards."""
+
+    def __init__(
+        self, step: Pass, model: ir.Model, inputs: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Look at the model before the pass runs.
+
+        Args:
+            step: The pass.
+            model: The model, unchanged so far.
+            inputs: Values to run it on; drawn at random if not given.
+        """
+        self._step = step
+        self._inputs = inputs
+        self._digest = digest(model)
+        self._payloads = payloads(model) if step.effect is Effect.LAYOUT else []
+        self._parent = model.clone() if step.effect is Effect.STORAGE else None
+
+    def hold(self, result: Result) -> None:
+        """Check the flag, idempotence and the law of the effect.
+
+        Raises:
+            BrokenPass: The pass broke a law.
+            Refused: The law needs the model to run and it does not, on the given inputs.
+        """
+        name = self._step.name
+        changed = digest(result.model) != self._digest
+        if changed != result.modified:
+            raise BrokenPass(f"{name} says modified={result.modified}, which is not so")
+        if self._step.effect is Effect.LAYOUT and payloads(result.model) != self._payloads:
+            raise BrokenPass(f"{name} changed the bytes of a weight")
+        if self._parent is not None and changed:
+            self._hold_storage(self._parent, result)
+        if changed and self._step(result.model).modified:
+            raise BrokenPass(f"{name} changes its own result when it runs again")
+
+    def _hold_storage(self, parent: ir.Model, result: Result) -> None:
+        """The result equals the parent whose weights have the decoded values, bit for bit."""
+        for weight in Weights(parent):
+            if (decoded := result.decoded.get(weight.where)) is not None:
+                weight.store(decoded)
+        with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
+            expected_path = Path(folder) / "parent.onnx"
+            tier_path = Path(folder) / "tier.onnx"
+            save(parent, expected_path)
+            save(result.model, tier_path)
+            inputs, expected = _run(parent, expected_path, self._inputs)
+            found = run(tier_path, inputs)
+        for output, values in expected.items():
+            if found[output].tobytes() != values.tobytes():
+                raise BrokenPass(
+                    f"{self._step.name} is not bit-equal to its parent: output {output!r}"
+                )
+
+
+def _run(
+    model: ir.Model, path: Path, inputs: Mapping[str, np.ndarray] | None
+) -> tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]:
+    """Run a model on inputs, given or of the first size that it takes."""
+    if inputs is not None:
+        return inputs, run(path, inputs)
+    needed = [value for value in model.graph.inputs if not value.is_initializer()]
+    failure = None
+    for size in _SIZES:
+        drawn = random_inputs(needed, size=size)
+        try:
+            return drawn, run(path, drawn)
+        except RuntimeFailed as error:
+            failure = failure or error
+    raise Refused(f"the law needs inputs that the model runs on: {failure}")

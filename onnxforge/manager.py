@@ -1,0 +1,263 @@
+"""Running passes: in order, verified after each, observed, and stamped on the result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import onnx
+import onnx_ir as ir
+
+from onnxforge import laws, model_io
+from onnxforge.core import Effect, Fate, Finding, Pass, Result
+from onnxforge.errors import BrokenPass, OnnxforgeError
+from onnxforge.registry import parse
+from onnxforge.saving import Layout, Saved, data_path, refuse_to_overwrite, save
+from onnxforge.verify import interface, problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Observer", "PassManager", "PassReport", "Report"]
+
+PIPELINE_KEY = "onnxforge.pipeline"
+VERSION_KEY = "onnxforge.version"
+
+
+class Observer(Protocol):
+    """Is told what a PassManager does."""
+
+    def before(self, step: Pass, model: ir.Model) -> None:
+        """``step`` is about to run."""
+
+    def after(self, step: Pass, result: Result) -> None:
+        """``step`` has run and its result is verified."""
+
+    def failed(self, step: Pass, error: Exception) -> None:
+        """``step`` raised, or broke a law."""
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        text: The pass with all its options.
+        effect: What it may do.
+        modified: Whether the model changed.
+        seconds: How long it ran, its verification included.
+        stats: Its own numbers.
+        findings: Its findings.
+    """
+
+    text: str
+    effect: str
+    modified: bool
+    seconds: float
+    stats: dict[str, int]
+    findings: tuple[Finding, ...]
+
+    def tally(self, fate: Fate) -> tuple[int, int]:
+        """Number and bytes of the weights that met a fate."""
+        sizes = [finding.nbytes for finding in self.findings if finding.fate is fate]
+        return len(sizes), sum(sizes)
+
+
+@dataclass
+class Report:
+    """What a PassManager did.
+
+    Attributes:
+        passes: One entry for each pass.
+        findings: Remarks on the model itself.
+        source: Sizes in bytes of the files read, by path.
+        written: Sizes in bytes of the files written, by path.
+        layout: ``inline`` or ``sidecar``, None when nothing was written.
+    """
+
+    passes: list[PassReport] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    source: dict[str, int] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
+    layout: str | None = None
+
+    @property
+    def modified(self) -> bool:
+        """Whether any pass changed the model."""
+        return any(step.modified for step in self.passes)
+
+
+class PassManager:
+    """Runs passes one after the other and holds them to what they promise.
+
+    After every pass the model is verified: its interface is as before, and a model that the
+    ONNX checker accepted is still accepted. A model that it did not accept to begin with is
+    reported, and only its interface is held.
+
+    Attributes:
+        passes: The passes, in order.
+        observers: Are told before and after each pass.
+        verify: Whether to verify; false saves time on a pipeline known to be good.
+        check_laws: Also hold each pass to the law of its effect, on the model at hand.
+    """
+
+    codes = {
+        "OF901": "The input model does not pass the ONNX checker; runtimes may load it still.",
+    }
+
+    def __init__(
+        self,
+        passes: str | Iterable[Pass],
+        *,
+        observers: Sequence[Observer] = (),
+        verify: bool = True,
+        check_laws: bool = False,
+    ) -> None:
+        """Take a pipeline text or passes.
+
+        Raises:
+            SpecError: The text is wrong.
+        """
+        self.passes = parse(passes) if isinstance(passes, str) else tuple(passes)
+        self.observers = tuple(observers)
+        self.verify = verify
+        self.check_laws = check_laws
+
+    def __str__(self) -> str:
+        """The pipeline text."""
+        return ",".join(str(step) for step in self.passes)
+
+    def apply(self, model: Any, base_dir: str | os.PathLike[str] | None = None) -> Any:
+        """Run the passes on a model in memory.
+
+        Args:
+            model: An ``onnx.ModelProto`` or ``onnx_graphsurgeon.Graph``, which is never
+                changed, an ``onnx_ir.Model``, which is changed in place, or a path.
+            base_dir: The folder of a proto's external data.
+
+        Returns:
+            The result and the report. The result is of the same kind as the model; for a path
+            it is an ``onnx_ir.Model``.
+
+        Raises:
+            OnnxforgeError: A pass refuses the model or a check says no.
+            TypeError: The model is of none of these kinds.
+        """
+        if isinstance(model, ir.Model):
+            return model, self._run(model)
+        if isinstance(model, str | os.PathLike):
+            loaded = model_io.load(model, editable=self._edits)
+            return loaded, self._run(loaded)
+        if isinstance(model, onnx.ModelProto):
+            wrapped = model_io.from_proto(model, base_dir)
+            report = self._run(wrapped)
+            return model_io.to_proto(wrapped), report
+        if type(model).__module__.partition(".")[0] == "onnx_graphsurgeon":
+            import onnx_graphsurgeon as gs
+
+            proto, report = self.apply(gs.export_onnx(model), base_dir)
+            return gs.import_onnx(proto), report
+        raise TypeError(f"cannot run passes on {type(model).__name__}")
+
+    def run(
+        self,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str] | None,
+        *,
+        layout: Layout = "keep",
+        force: bool = False,
+        workers: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Report:
+        """Run the passes on a file; nothing is written if one of them fails.
+
+        Args:
+            source: The model file.
+            target: Where the result goes, perhaps ``source`` itself; None for a dry run.
+            layout: See `onnxforge.saving.save`.
+            force: Overwrite what is there.
+            workers: Number of threads that write.
+            progress: Called with the number of bytes after each block written.
+
+        Raises:
+            OnnxforgeError: A pass refuses the model, a check says no, or a file cannot be
+                read or written.
+        """
+        if target is not None:
+            refuse_to_overwrite([Path(target).absolute()], force=force)
+        model = model_io.load(source, editable=self._edits)
+        sizes = {str(path): size for path, size in model_io.files(model).items()}
+        report = self._run(model)
+        report.source = sizes
+        if target is not None:
+            saved = save(
+                model, target, layout=layout, force=force, workers=workers, progress=progress
+            )
+            report.written = {str(path): size for path, size in saved.files.items()}
+            report.layout = saved.layout
+        return report
+
+    @property
+    def _edits(self) -> bool:
+        return any(step.effect is not Effect.CHECK for step in self.passes)
+
+    def _run(self, model: ir.Model) -> Report:
+        report = Report()
+        sound = False
+        if self.verify and self._edits:
+            reason = problem(model)
+            sound = reason is None
+            if reason is not None:
+                report.findings.append(Finding("OF901", "model", reason, level="warning"))
+        for step in self.passes:
+            for observer in self.observers:
+                observer.before(step, model)
+            try:
+                result, seconds = self._step(step, model, sound=sound)
+            except Exception as error:
+                for observer in self.observers:
+                    observer.failed(step, error)
+                raise
+            for observer in self.observers:
+                observer.after(step, result)
+            report.passes.append(
+                PassReport(
+                    str(step.spec(full=True)),
+                    step.effect.value,
+                    result.modified,
+                    seconds,
+                    dict(result.stats),
+                    result.findings,
+                )
+            )
+        _stamp(model, report)
+        return report
+
+    def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
+        start = time.perf_counter()
+        before = interface(model)
+        law = laws.Witness(step, model) if self.check_laws else None
+        result = step(model)
+        if not isinstance(result, Result):
+            raise BrokenPass(f"{step.name} did not give back a Result")
+        if self.verify and interface(model) != before:
+            raise BrokenPass(f"{step.name} changed the inputs or outputs of the model")
+        if sound and result.modified and (reason := problem(model)):
+            raise BrokenPass(f"{step.name} made an invalid model: {reason}")
+        if law is not None:
+            law.hold(result)
+        return result, time.perf_counter() - start
+
+
+def _stamp(model: ir.Model, report: Report) -> None:
+    """Write on a changed model how it was made."""
+    made = [step.text for step in report.passes if step.modified]
+    if made:
+        earlier = model.metadata_props.get(PIPELINE_KEY)
+        model.metadata_props[PIPELINE_KEY] = ",".join([*([earlier] if earlier else []), *made])
+        model.metadata_props[VERSION_KEY] = importlib.metadata.version("onnxforge")

@@ -1,0 +1,5 @@
+"""Arithmetic on tensors: comparing, quantizing, calibrating."""
+
+from onnxforge.numerics.metrics import Accumulator, Comparison, compare
+
+__all__ = ["Accumulator", "Comparison", "compare"]

@@ -1,0 +1,1 @@
+"""What runtimes can load, and running models on them."""

@@ -1,0 +1,75 @@
+"""Running a model on onnxruntime, in a process of its own: runtimes crash on foreign models."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxforge.errors import OnnxforgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["RuntimeFailed", "run"]
+
+_CHILD = """
+import sys
+import numpy
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(
+    sys.argv[1], options, providers=["CPUExecutionProvider"]
+)
+with numpy.load(sys.argv[2]) as feeds:
+    outputs = session.run(None, dict(feeds))
+names = [output.name for output in session.get_outputs()]
+kept = {n: v for n, v in zip(names, outputs) if isinstance(v, numpy.ndarray)}
+numpy.savez(sys.argv[3], **kept)
+"""
+
+
+class RuntimeFailed(OnnxforgeError):
+    """The runtime does not load or run a model, or died of it."""
+
+
+def run(model: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run a model on the installed onnxruntime, processor only, on one thread.
+
+    Args:
+        model: The model file.
+        inputs: Value of each input.
+
+    Returns:
+        Value of each output that is a tensor.
+
+    Raises:
+        RuntimeFailed: onnxruntime is missing, raised, or crashed; the message says which.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise RuntimeFailed("onnxruntime is missing: pip install 'onnxforge[ort]'")
+    with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
+        feeds, results = Path(folder) / "in.npz", Path(folder) / "out.npz"
+        np.savez(feeds, **dict(inputs))
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(model), str(feeds), str(results)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            raise RuntimeFailed(f"onnxruntime died with {name}")
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise RuntimeFailed(lines[-1] if lines else "onnxruntime failed")
+        with np.load(results) as outputs:
+            return dict(outputs)

@@ -1,0 +1,204 @@
+"""Models out: which tensor goes into which file, and in which place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import onnx_ir as ir
+
+from onnxforge.errors import ModelError
+from onnxforge.lazy import FileTensor, identity
+from onnxforge.model_io import MAX_PROTO_BYTES
+from onnxforge.skeleton import SOURCE, Skeleton, Source, set_external, skeleton
+from onnxforge.storage import wire
+from onnxforge.storage.publish import publish
+from onnxforge.storage.writer import Part, write_file
+from onnxforge.walk import proto_graphs
+from onnxforge.weights import needs_constant
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    import onnx
+
+__all__ = ["Layout", "Saved", "data_path", "save"]
+
+Layout = Literal["keep", "inline", "sidecar"]
+Progress = Callable[[int], None]
+
+_RAW_DATA = 9
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written.
+
+    Attributes:
+        files: Size in bytes of each file, by path.
+        layout: ``inline`` or ``sidecar``.
+    """
+
+    files: Mapping[Path, int]
+    layout: str
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of a model at ``path`` go when they go outside."""
+    return path.with_name(path.name + "_data")
+
+
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    layout: Layout = "keep",
+    force: bool = False,
+    align: int = 64,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Saved:
+    """Write a model; lazy weights are evaluated on the way, block by block.
+
+    Args:
+        model: The model.
+        path: Where it goes; a sidecar is called ``<path>_data``.
+        layout: ``keep`` writes a sidecar if the model was loaded from one or more, or if
+            it would not fit into one file of 2 GB.
+        force: Overwrite what is there.
+        align: Offsets in the sidecar are multiples of this many bytes.
+        workers: Number of threads.
+        progress: Called with the number of bytes after each block of weights.
+
+    Raises:
+        ModelError: The output exists and ``force`` is off, or cannot be written, or does not
+            fit the layout. What was there before is still there then.
+    """
+    target = Path(path).absolute()
+    content = skeleton(model)
+    external = model.meta.get(SOURCE, Source()).external
+    outside = _outside(content, layout, external=external)
+    data = _DataFile(content, outside, align) if outside else None
+    data_target = data_path(target) if outside else None
+    refuse_to_overwrite([target, *([data_target] if data_target else [])], force=force)
+    sizes: dict[Path, int] = {}
+
+    def write_model(to: Path, location: str) -> None:
+        if data is not None:
+            data.place(location)
+        sizes[target] = _write_model(content, outside, to, workers, progress)
+
+    def write_data(to: Path) -> None:
+        assert data is not None
+        assert data_target is not None
+        write_file(to, data.parts, data.size, workers=workers, progress=progress)
+        sizes[data_target] = data.size
+
+    try:
+        publish(target, data_target, write_model, write_data)
+    except OSError as error:
+        raise ModelError(f"{error.filename or target}: {error.strerror}") from error
+    return Saved(sizes, "sidecar" if outside else "inline")
+
+
+def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
+    """Raise ModelError if one of the paths is taken, or is a folder even with ``force``."""
+    for path in paths:
+        if path.is_dir():
+            raise ModelError(f"{path}: is a folder")
+        if path.exists() and not force:
+            raise ModelError(f"{path}: exists; --force overwrites it")
+
+
+def _write_model(
+    content: Skeleton,
+    outside: set[int],
+    to: Path,
+    workers: int | None,
+    progress: Progress | None,
+) -> int:
+    inline = {
+        i: wire.Payload(0, tensor.nbytes, getattr(tensor, "field", _RAW_DATA))
+        for i, tensor in enumerate(content.tensors)
+        if i not in outside
+    }
+    serialized = content.proto.SerializeToString(deterministic=True)
+    parts: list[Part] = []
+    at = 0
+    for piece in wire.splice(serialized, content.location, inline):
+        whole = piece if isinstance(piece, bytes) else content.tensors[piece]
+        parts.append(Part(at, whole))
+        at += len(piece) if isinstance(piece, bytes) else inline[piece].length
+    if at > MAX_PROTO_BYTES:
+        raise ModelError(f"{to.parent}: the model needs {at} bytes, protobuf takes 2 GB")
+    write_file(to, parts, at, workers=workers, progress=progress)
+    return at
+
+
+class _DataFile:
+    """The sidecar: each tensor has one place, however many names it has."""
+
+    def __init__(self, content: Skeleton, outside: set[int], align: int) -> None:
+        self.size = 0
+        self.parts: list[Part] = []
+        self._stubs: list[tuple[onnx.TensorProto, int, int]] = []
+        places: dict[Hashable, int] = {}
+        for i in sorted(outside):
+            tensor = content.tensors[i]
+            key = identity(tensor)
+            if key not in places:
+                places[key] = -(-self.size // align) * align
+                self.parts.append(Part(places[key], tensor))
+                self.size = places[key] + tensor.nbytes
+            self._stubs.append((content.stubs[i], places[key], tensor.nbytes))
+
+    def place(self, location: str) -> None:
+        """Point the tensors of the model to the sidecar."""
+        for stub, offset, length in self._stubs:
+            entries = {"location": location, "offset": str(offset), "length": str(length)}
+            set_external(stub, entries)
+
+
+def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
+    """The tensors that go into the sidecar, by number."""
+    if layout == "inline" or (layout == "keep" and not external and _fits(content, set())):
+        return set()
+    fixed = _constant_names(content.proto)
+    able = {
+        i
+        for i, tensor in enumerate(content.tensors)
+        if tensor.nbytes >= wire.PAYLOAD_BYTES and content.stubs[i].name not in fixed
+    }
+    initializers = {
+        int(tensor.external_data[1].value)
+        for tensor in content.proto.graph.initializer
+        if tensor.external_data and tensor.external_data[0].value == content.location
+    }
+    # Bodies and Constant nodes keep theirs where they are: browsers load those from inside only.
+    usual = {i for i in able if i in initializers or _was_outside(content.tensors[i])}
+    return usual if _fits(content, usual) else able
+
+
+def _was_outside(tensor: ir.TensorProtocol) -> bool:
+    while hasattr(tensor, "source"):
+        tensor = tensor.source
+    return isinstance(tensor, FileTensor) and bool(tensor.external)
+
+
+def _fits(content: Skeleton, outside: set[int]) -> bool:
+    inside = sum(t.nbytes for i, t in enumerate(content.tensors) if i not in outside)
+    return content.proto.ByteSize() + inside + 16 * len(content.tensors) <= MAX_PROTO_BYTES
+
+
+def _constant_names(proto: onnx.ModelProto) -> set[str]:
+    """Names of values that no runtime reads from outside, because shapes depend on them."""
+    return {
+        node.input[i]
+        for graph in proto_graphs(proto)
+        for node in graph.node
+        for i in needs_constant(node.domain, node.op_type)
+        if i < len(node.input)
+    }

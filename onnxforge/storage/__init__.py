@@ -1,0 +1,1 @@
+"""Bytes of models on disk: reading, placing, writing, publishing."""

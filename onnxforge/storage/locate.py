@@ -1,0 +1,110 @@
+"""Where external data may lie, and whether it is all there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxforge.errors import ModelError
+from onnxforge.lazy import DataFile, FileTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import onnx_ir as ir
+
+__all__ = ["DataFolder", "external_numbers"]
+
+_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
+
+class DataFolder:
+    """The data files of one model.
+
+    A location must stay inside the folder of the model or inside the folder of the file that
+    the model really is, so that a download cache made of symbolic links works.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: Path | None = None) -> None:
+        """Name the folder, and the model file when there is one."""
+        self.folder = Path(folder).absolute()
+        roots = [self.folder.resolve()]
+        if model is not None:
+            roots.append(model.resolve().parent)
+        self._roots = tuple(roots)
+        self._files: dict[str, DataFile] = {}
+
+    def tensor(self, entries: Mapping[str, str], like: ir.TensorProtocol) -> FileTensor:
+        """The tensor that external data entries describe.
+
+        Args:
+            entries: The external_data of the TensorProto.
+            like: Gives name, type and shape.
+
+        Raises:
+            ModelError: The entries are malformed, or the bytes are not there.
+        """
+        name = like.name
+        given_offset, length = external_numbers(entries, name)
+        location, offset = entries.get("location", ""), given_offset or 0
+        file = self._file(location, name)
+        if length not in (None, 0, like.nbytes):
+            raise ModelError(
+                f"tensor {name!r}: {length} bytes in {location!r}, but its shape needs"
+                f" {like.nbytes}"
+            )
+        if offset + like.nbytes > file.size:
+            raise ModelError(
+                f"tensor {name!r}: bytes {offset} to {offset + like.nbytes} are not in"
+                f" {location!r}, which has {file.size}"
+            )
+        return FileTensor(file, offset, like, external=dict(entries))
+
+    def _file(self, location: str, name: str | None) -> DataFile:
+        if location not in self._files:
+            self._files[location] = self._checked(location, name)
+        return self._files[location]
+
+    def _checked(self, location: str, name: str | None) -> DataFile:
+        what = f"tensor {name!r}: data location {location!r}"
+        if not location or "\0" in location or location.startswith("*/"):
+            raise ModelError(f"{what} is not a file name")
+        if Path(location).is_absolute() or location.startswith(("/", "\\")):
+            raise ModelError(f"{what} is absolute")
+        path = self.folder / location
+        lexical = Path(os.path.normpath(path))
+        if not lexical.is_relative_to(self.folder):
+            raise ModelError(f"{what} leaves the folder of the model")
+        try:
+            real = path.resolve(strict=True)
+        except OSError as error:
+            raise ModelError(f"{what}: {error.strerror}") from None
+        if not any(real.is_relative_to(root) for root in self._roots):
+            raise ModelError(f"{what} leads out of the folder of the model")
+        if not stat.S_ISREG(real.stat().st_mode):
+            raise ModelError(f"{what} is not a regular file")
+        return DataFile(path)
+
+
+def external_numbers(
+    entries: Mapping[str, str], name: str | None
+) -> tuple[int | None, int | None]:
+    """Offset and length that external data entries give.
+
+    Raises:
+        ModelError: A key is unknown or a number is none.
+    """
+    if unknown := sorted(set(entries) - _KEYS):
+        raise ModelError(f"tensor {name!r}: unknown external data key {unknown[0]!r}")
+    return _number(entries, "offset", name), _number(entries, "length", name)
+
+
+def _number(entries: Mapping[str, str], key: str, name: str | None) -> int | None:
+    text = entries.get(key)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ModelError(f"tensor {name!r}: external data {key} {text!r} is not a byte count")
+    return int(text)

@@ -1,0 +1,152 @@
+"""Every graph, every tensor of a model, with a path that a person can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Scope", "label", "proto_graphs", "proto_tensors", "replace_tensors", "scopes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """A graph and where it is.
+
+    Attributes:
+        graph: The main graph, a body of If, Loop or Scan, or the body of a function.
+        path: Prefix of everything inside, empty for the main graph, else with a trailing
+            slash, such as ``If_7/then_branch/``.
+        parent: The scope whose values this one can see, None for the main graph and functions.
+        function: The function this scope is in, None outside of functions.
+    """
+
+    graph: ir.Graph
+    path: str
+    parent: Scope | None = None
+    function: ir.Function | None = None
+
+    @property
+    def opset_imports(self) -> dict[str, int]:
+        """Domain and version of the operator sets that hold here."""
+        scope = self
+        while scope.parent is not None:
+            scope = scope.parent
+        owner = scope.function if scope.function is not None else scope.graph
+        return owner.opset_imports
+
+
+def label(node: ir.Node, index: int) -> str:
+    """The name of a node, or its operator and position in its graph when it has none."""
+    return node.name or f"{node.op_type}_{index}"
+
+
+def scopes(model: ir.Model) -> Iterator[Scope]:
+    """All graphs of a model, outer before inner: main graph, its bodies, functions."""
+    yield from _inside(Scope(model.graph, ""))
+    for function in model.functions.values():
+        name = f"{function.domain}::{function.name}"
+        if function.overload:
+            name += f":{function.overload}"
+        yield from _inside(Scope(function.graph, f"{name}/", function=function))
+
+
+def _inside(scope: Scope) -> Iterator[Scope]:
+    yield scope
+    for index, node in enumerate(scope.graph):
+        for attribute in node.attributes.values():
+            bodies: Iterable[ir.Graph] = ()
+            if attribute.is_ref():
+                continue
+            if attribute.type == ir.AttributeType.GRAPH:
+                bodies = (attribute.as_graph(),)
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                bodies = attribute.as_graphs()
+            for body in bodies:
+                path = f"{scope.path}{label(node, index)}/{attribute.name}/"
+                yield from _inside(Scope(body, path, scope, scope.function))
+
+
+def replace_tensors(
+    model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]
+) -> None:
+    """Put ``replace(tensor)`` in the place of every tensor of a model."""
+    for scope in scopes(model):
+        for value in scope.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value.name = value.name
+                value.const_value = replace(value.const_value)
+        for node in scope.graph:
+            for attribute in list(node.attributes.values()):
+                if changed := _replaced(attribute, replace):
+                    node.attributes.add(changed)
+
+
+def _replaced(
+    attribute: ir.Attr, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]
+) -> ir.Attr | None:
+    if attribute.is_ref():
+        return None
+    if attribute.type == ir.AttributeType.TENSOR:
+        old: list[ir.TensorProtocol] = [attribute.as_tensor()]
+    elif attribute.type == ir.AttributeType.TENSORS:
+        old = list(attribute.as_tensors())
+    else:
+        return None
+    new = [replace(tensor) for tensor in old]
+    if all(a is b for a, b in zip(old, new, strict=True)):
+        return None
+    value = new[0] if attribute.type == ir.AttributeType.TENSOR else new
+    return ir.Attr(attribute.name, attribute.type, value, doc_string=attribute.doc_string)
+
+
+def proto_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every dense tensor of a proto, sparse ones and training graphs aside."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+        for attribute in function.attribute_proto:
+            yield from _attribute_tensors(attribute)
+
+
+def proto_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph of a proto and all bodies, also those in functions."""
+    yield model.graph
+    yield from _bodies(model.graph.node)
+    for function in model.functions:
+        yield from _bodies(function.node)
+
+
+def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield graph
+                yield from _bodies(graph.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from _attribute_tensors(attribute)
+
+
+def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    if attribute.HasField("g"):
+        yield from _graph_tensors(attribute.g)
+    for graph in attribute.graphs:
+        yield from _graph_tensors(graph)

@@ -1,0 +1,447 @@
+"""What constants a model holds, where they are, and who reads them.
+
+A weight is a constant tensor: an initializer, the value of a Constant node, or a tensor that
+another node carries as an attribute; in the main graph, in the bodies of If, Loop and Scan,
+and in functions.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxforge.core import Fate, Finding
+from onnxforge.errors import Refused
+from onnxforge.lazy import BLOCK_BYTES, DerivedTensor, Kernel, blocks, reader
+from onnxforge.skeleton import SOURCE, Source
+from onnxforge.storage.writer import default_workers
+from onnxforge.walk import Scope, label, scopes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "CODES",
+    "DerivedTensor",
+    "Kernel",
+    "Origin",
+    "Selection",
+    "Use",
+    "Weight",
+    "Weights",
+    "for_each",
+    "needs_constant",
+    "stream",
+]
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+# Inputs whose values a runtime needs when it loads a model, by operator: a shape or a scale
+# that has to be a constant there, not the output of a Cast.
+_NEEDS_CONSTANT: Mapping[str, tuple[int, ...]] = {
+    "BlackmanWindow": (0,),
+    "CenterCropPad": (1,),
+    "Clip": (1, 2),
+    "Col2Im": (1, 2),
+    "ConstantOfShape": (0,),
+    "CumSum": (1,),
+    "DFT": (1, 2),
+    "DequantizeLinear": (1, 2),
+    "Dropout": (1, 2),
+    "Expand": (1,),
+    "HammingWindow": (0,),
+    "HannWindow": (0,),
+    "MaxUnpool": (2,),
+    "MelWeightMatrix": (0, 1, 2, 3, 4),
+    "NonMaxSuppression": (2, 3, 4),
+    "OneHot": (1,),
+    "Pad": (1, 2, 3),
+    "QLinearConv": (1, 2, 4, 5, 6, 7),
+    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
+    "QuantizeLinear": (1, 2),
+    "Range": (0, 1, 2),
+    "ReduceL1": (1,),
+    "ReduceL2": (1,),
+    "ReduceLogSum": (1,),
+    "ReduceLogSumExp": (1,),
+    "ReduceMax": (1,),
+    "ReduceMean": (1,),
+    "ReduceMin": (1,),
+    "ReduceProd": (1,),
+    "ReduceSum": (1,),
+    "ReduceSumSquare": (1,),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "STFT": (1, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "SplitToSequence": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Unsqueeze": (1,),
+    "Upsample": (1,),
+}
+
+# Operators that a constant stays a constant behind; the value is their first input.
+_PASSES_CONSTANTS = frozenset(
+    {
+        "Cast",
+        "DequantizeLinear",
+        "Identity",
+        "Reshape",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+
+CODES: Mapping[str, str] = {
+    "OF201": "The weight is stored in its new form.",
+    "OF202": "The weight is excluded by `include` or `exclude`.",
+    "OF203": "The weight is smaller than `min_bytes`.",
+    "OF204": "The pass does not treat weights of this type.",
+    "OF205": "A runtime needs the value when it loads the model, so it stays a plain constant.",
+    "OF206": "The weight is an output of a graph; its type is part of the interface.",
+    "OF207": "The weight is also a graph input, so whoever runs the model may override it.",
+    "OF208": "Nothing reads the weight.",
+    "OF209": "The weight is an attribute of a node and cannot be converted on its way there.",
+    "OF210": "The operator set that holds there cannot express the new form.",
+}
+"""What the codes mean that all passes over weights share."""
+
+
+def needs_constant(domain: str, op_type: str) -> tuple[int, ...]:
+    """Positions of the inputs of an operator that have to be constants at load time."""
+    return _NEEDS_CONSTANT.get(op_type, ()) if domain in ("", "ai.onnx") else ()
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One reading of a weight.
+
+    Attributes:
+        node: Who reads.
+        index: At which input.
+        scope: The graph the node is in, not always that of the weight.
+        position: Place of the node in its graph.
+    """
+
+    node: ir.Node
+    index: int
+    scope: Scope
+    position: int
+
+    @property
+    def where(self) -> str:
+        """Path of the node."""
+        return self.scope.path + label(self.node, self.position)
+
+
+@dataclass(eq=False)
+class Weight:
+    """A constant of a model.
+
+    Attributes:
+        scope: The graph that holds it.
+        tensor: Its values, perhaps still on disk.
+        value: What its users read; None for a tensor in an attribute of another node.
+        node: The Constant node, or the node whose attribute it is; None for an initializer.
+        where: Its path.
+        uses: Who reads it, in order of the graphs.
+        is_output: Whether it is an output of its graph or of a body inside it.
+    """
+
+    scope: Scope
+    tensor: ir.TensorProtocol
+    value: ir.Value | None
+    node: ir.Node | None
+    where: str
+    uses: tuple[Use, ...] = ()
+    is_output: bool = False
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Type of the elements."""
+        return self.tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.tensor.nbytes
+
+    @property
+    def is_overridable(self) -> bool:
+        """Whether it is a default for a graph input."""
+        return self.value is not None and self.value.is_graph_input()
+
+    @property
+    def is_needed_constant(self) -> bool:
+        """Whether one of its users needs the value when the model is loaded."""
+        return any(
+            use.index in needs_constant(use.node.domain, use.node.op_type) for use in self.uses
+        )
+
+    def store(self, tensor: ir.TensorProtocol) -> None:
+        """Put another tensor in its place; the value gets its type."""
+        assert self.value is not None, "a tensor in an attribute stays"
+        tensor.name = self.value.name
+        if self.node is None:
+            self.value.const_value = tensor
+        else:
+            for name in _CONSTANT_FORMS.keys() & self.node.attributes.keys():
+                del self.node.attributes[name]
+            self.node.attributes.add(ir.AttrTensor("value", tensor))
+        self.value.type = ir.TensorType(tensor.dtype)
+        self.tensor = tensor
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The weight that a value is made from.
+
+    Attributes:
+        weight: The weight.
+        path: The nodes between them, from the weight on.
+    """
+
+    weight: Weight
+    path: tuple[ir.Node, ...] = ()
+
+
+class Weights:
+    """All weights of a model; build it anew after the graph was changed.
+
+    Attributes:
+        model: The model.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        """Walk the model once."""
+        self.model = model
+        self._scopes = list(scopes(model))
+        uses = _uses(self._scopes)
+        outputs = _output_names(self._scopes)
+        self._all = [w for scope in self._scopes for w in _weights_in(scope)]
+        self._by_value: dict[ir.Value, Weight] = {}
+        for weight in self._all:
+            if weight.value is not None:
+                weight.uses = tuple(uses.get(weight.value, ()))
+                name = weight.value.name
+                weight.is_output = weight.value.is_graph_output() or name in outputs
+                self._by_value[weight.value] = weight
+        self._names = _names(self._scopes, model.meta.get(SOURCE, Source()))
+
+    def __iter__(self) -> Iterator[Weight]:
+        """All weights, outer graphs first."""
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        """Number of weights."""
+        return len(self._all)
+
+    def of(self, value: ir.Value | None) -> Weight | None:
+        """The weight that is this value, if it is one."""
+        return None if value is None else self._by_value.get(value)
+
+    def behind(self, value: ir.Value | None) -> Origin | None:
+        """The weight a value is made from without arithmetic, or None.
+
+        Looks through Identity, Cast, Transpose, Reshape, Squeeze, Unsqueeze and
+        DequantizeLinear, as far as their other inputs are constants too.
+        """
+        path: list[ir.Node] = []
+        while value is not None:
+            if (weight := self.of(value)) is not None:
+                return Origin(weight, tuple(reversed(path)))
+            node = value.producer()
+            if node is None or node.domain or node.op_type not in _PASSES_CONSTANTS:
+                return None
+            if any(self.of(extra) is None for extra in node.inputs[1:] if extra is not None):
+                return None
+            path.append(node)
+            value = node.inputs[0]
+        return None
+
+    def unique(self, name: str) -> str:
+        """A name that no value or node of the model has; it is taken from then on."""
+        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        found = next(c for c in candidates if c not in self._names)
+        self._names.add(found)
+        return found
+
+
+def _strings(attribute: ir.Attr) -> ir.TensorProtocol:
+    words = [attribute.value] if isinstance(attribute.value, str) else list(attribute.value)
+    content = [word.encode() if isinstance(word, str) else word for word in words]
+    shape = [] if attribute.name == "value_string" else [len(content)]
+    return ir.StringTensor(content, shape=ir.Shape(shape))
+
+
+_CONSTANT_FORMS: Mapping[str, Callable[[ir.Attr], ir.TensorProtocol]] = {
+    "value": lambda a: a.as_tensor(),
+    "value_float": lambda a: ir.tensor(np.array(a.value, np.float32)),
+    "value_floats": lambda a: ir.tensor(np.array(a.value, np.float32)),
+    "value_int": lambda a: ir.tensor(np.array(a.value, np.int64)),
+    "value_ints": lambda a: ir.tensor(np.array(a.value, np.int64)),
+    "value_string": _strings,
+    "value_strings": _strings,
+}
+
+
+def _weights_in(scope: Scope) -> Iterator[Weight]:
+    for name, value in scope.graph.initializers.items():
+        if value.const_value is not None:
+            yield Weight(scope, value.const_value, value, None, scope.path + name)
+    for position, node in enumerate(scope.graph):
+        constant = node.op_type == "Constant" and not node.domain
+        where = scope.path + label(node, position)
+        for attribute in node.attributes.values():
+            if attribute.is_ref():
+                continue
+            if constant and attribute.name in _CONSTANT_FORMS:
+                value = node.outputs[0]
+                tensor = _CONSTANT_FORMS[attribute.name](attribute)
+                yield Weight(scope, tensor, value, node, scope.path + (value.name or where))
+            elif attribute.type == ir.AttributeType.TENSOR:
+                place = f"{where}.{attribute.name}"
+                yield Weight(scope, attribute.as_tensor(), None, node, place)
+            elif attribute.type == ir.AttributeType.TENSORS:
+                for i, tensor in enumerate(attribute.as_tensors()):
+                    place = f"{where}.{attribute.name}[{i}]"
+                    yield Weight(scope, tensor, None, node, place)
+
+
+def _uses(all_scopes: Iterable[Scope]) -> dict[ir.Value, list[Use]]:
+    found: dict[ir.Value, list[Use]] = {}
+    for scope in all_scopes:
+        for position, node in enumerate(scope.graph):
+            for index, value in enumerate(node.inputs):
+                if value is not None:
+                    found.setdefault(value, []).append(Use(node, index, scope, position))
+    return found
+
+
+def _output_names(all_scopes: Iterable[Scope]) -> set[str]:
+    """Names of body outputs that are not made in the body: values captured from outside.
+
+    onnx_ir does not link those to the outer value, so names are all there is.
+    """
+    return {
+        value.name
+        for scope in all_scopes
+        for value in scope.graph.outputs
+        if value.name
+        and value.producer() is None
+        and not value.is_graph_input()
+        and not value.is_initializer()
+    }
+
+
+def _names(all_scopes: Iterable[Scope], source: Source) -> set[str]:
+    names: set[str] = set()
+    if source.extras is not None:
+        names.update(info.name for info in source.extras.graph.value_info)
+    for scope in all_scopes:
+        graph = scope.graph
+        values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+        for node in graph:
+            values += [*node.inputs, *node.outputs]
+            names.add(node.name or "")
+        names.update(value.name or "" for value in values if value is not None)
+    return names
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights a pass is to treat, by the options that all such passes have.
+
+    Attributes:
+        dtypes: Types the pass treats.
+        min_bytes: Leave smaller weights alone.
+        include: Globs on names of weights and of nodes that read them; empty for all.
+        exclude: The same, of what to leave alone.
+    """
+
+    dtypes: frozenset[ir.DataType]
+    min_bytes: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    matched: set[str] = field(default_factory=set, compare=False)
+
+    def split(self, weights: Weights) -> tuple[list[Weight], list[Finding]]:
+        """The weights to treat, and for each of the others why not.
+
+        Raises:
+            Refused: A glob matches no weight and no node.
+        """
+        chosen: list[Weight] = []
+        findings: list[Finding] = []
+        for weight in weights:
+            if reason := self._reason(weight):
+                code, message = reason
+                fate = Fate.EXCLUDED if code == "OF202" else Fate.SKIPPED
+                findings.append(Finding(code, weight.where, message, weight.nbytes, fate))
+            else:
+                chosen.append(weight)
+        for glob in (*self.include, *self.exclude):
+            if glob not in self.matched:
+                raise Refused(f"{glob!r} matches no weight and no node that reads one")
+        return chosen, findings
+
+    def _reason(self, weight: Weight) -> tuple[str, str] | None:
+        included = not self.include or self._matches(weight, self.include)
+        excluded = self._matches(weight, self.exclude)
+        if excluded or not included:
+            return "OF202", "excluded by name" if excluded else "not included by name"
+        if weight.dtype not in self.dtypes:
+            return "OF204", f"is {weight.dtype.name.lower()}"
+        if weight.nbytes < self.min_bytes:
+            return "OF203", f"smaller than {self.min_bytes} bytes"
+        return _obstacle(weight)
+
+    def _matches(self, weight: Weight, globs: Sequence[str]) -> bool:
+        names = [weight.where, *(use.node.name or "" for use in weight.uses)]
+        names.append((weight.value.name if weight.value else None) or "")
+        names += [use.where for use in weight.uses]
+        hits = [g for g in globs if any(fnmatch.fnmatchcase(n, g) for n in names)]
+        self.matched.update(hits)
+        return bool(hits)
+
+
+def _obstacle(weight: Weight) -> tuple[str, str] | None:
+    if weight.value is None:
+        return "OF209", "is an attribute of its node"
+    if weight.is_overridable:
+        return "OF207", "is also a graph input, callers may override it"
+    if weight.is_output:
+        return "OF206", "is a graph output"
+    if not weight.uses:
+        return "OF208", "nothing reads it"
+    if weight.is_needed_constant:
+        return "OF205", "a runtime needs its value at load time"
+    return None
+
+
+def stream(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
+    """The values of a tensor in flat blocks; each block is overwritten by the next."""
+    read = reader(tensor)
+    buffer = np.empty(min(BLOCK_BYTES, tensor.nbytes), np.uint8)
+    for start, stop in blocks(tensor):
+        block = buffer[: stop - start]
+        read(start, block)
+        yield block.view(tensor.dtype.numpy())
+
+
+def for_each(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Do independent work on several threads; results in order of the items."""
+    with ThreadPoolExecutor(default_workers(), thread_name_prefix="onnxforge-scan") as pool:
+        return list(pool.map(work, items))

@@ -1,0 +1,222 @@
+"""Store float32 weights as float16, widened again before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxforge.core import Effect, Fate, Finding, Pass, Result
+from onnxforge.errors import Refused
+from onnxforge.options import ByteSize
+from onnxforge.weights import (
+    CODES,
+    DerivedTensor,
+    Selection,
+    Use,
+    Weight,
+    Weights,
+    for_each,
+    stream,
+)
+
+__all__ = ["WeightsFp16CastPass"]
+
+_OVERFLOW = 65520.0  # halfway from the largest float16, 65504, to the next power of two
+_SMALLEST_NORMAL = 2.0**-14
+_TINY = 16  # elements; a tensor this small is a constant of a formula, not learned
+
+
+@dataclass(frozen=True)
+class WeightsFp16CastPass(Pass):
+    """Store float32 weights as float16, cast back where they are used.
+
+    Arithmetic, inputs and outputs stay float32: each weight is rounded to the nearest float16
+    (ties to even) and read through a Cast; behind a Gather the Cast takes only the gathered
+    rows. Runtimes fold these casts when they load the model, so that download and disk halve
+    while memory and speed stay those of float32.
+
+    A weight that float16 cannot hold stays float32 and is reported: one with a finite value
+    that would become infinite, and a small constant (an epsilon, a log guard, a mask) that
+    would lose more than rounding. Nothing is ever clamped.
+
+    Attributes:
+        min_bytes: Leave smaller weights alone.
+        include: Globs on names of weights and of nodes that read them; only those are treated.
+        exclude: The same, of what to leave alone.
+        on_overflow: ``keep`` leaves a weight that does not fit in float32, ``error`` refuses
+            the model.
+        share: One Cast for all users of a weight in a graph; false makes one for each.
+
+    Example:
+        onnxforge run --passes 'fp16w{min_bytes=64KiB exclude=lm_head*}' in.onnx out.onnx
+    """
+
+    name: ClassVar[str] = "fp16w"
+    effect: ClassVar[Effect] = Effect.STORAGE
+    codes: ClassVar[Mapping[str, str]] = {
+        **CODES,
+        "OF221": "A finite value is beyond the range of float16 and would become infinite.",
+        "OF222": "A small constant would become zero or subnormal in float16, which loses"
+        " more than rounding.",
+    }
+
+    min_bytes: ByteSize = ByteSize(1024)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    on_overflow: Literal["keep", "error"] = "keep"
+    share: bool = True
+
+    def call(self, model: ir.Model) -> Result:
+        """Narrow every weight that float16 can hold."""
+        weights = Weights(model)
+        selection = Selection(
+            frozenset({ir.DataType.FLOAT}), self.min_bytes, self.include, self.exclude
+        )
+        chosen, findings = selection.split(weights)
+        decoded: dict[str, ir.TensorProtocol] = {}
+        for weight, scan in zip(chosen, for_each(_scan, chosen), strict=True):
+            before = weight.nbytes
+            if (reason := scan.loss or _cannot_cast(weight)) is not None:
+                code, message = reason
+                if code == "OF221" and self.on_overflow == "error":
+                    raise Refused(f"{weight.where}: {message}; on_overflow=keep leaves it")
+                level = "warning" if code == "OF221" else "info"
+                findings.append(
+                    Finding(code, weight.where, message, before, Fate.SKIPPED, level)
+                )
+                continue
+            stored = DerivedTensor(weight.tensor, ir.DataType.FLOAT16, scan.kernel)
+            decoded[weight.where] = DerivedTensor(stored, ir.DataType.FLOAT, _Widen())
+            weight.store(stored)
+            self._widen(weight, weights)
+            message = "stored as float16"
+            findings.append(Finding("OF201", weight.where, message, before, Fate.TREATED))
+        return Result(model, bool(decoded), {}, tuple(findings), decoded)
+
+    def _widen(self, weight: Weight, weights: Weights) -> None:
+        """Give every user of a weight that is float16 now its float32 back."""
+        direct = []
+        for use in weight.uses:
+            if use.node.op_type == "Gather" and not use.node.domain and use.index == 0:
+                _cast_behind(use.node, weights)
+            else:
+                direct.append(use)
+        for users in _sharing(direct, share=self.share):
+            cast = _cast(weight, weights)
+            users[0].scope.graph.insert_before(users[0].node, cast)
+            for use in users:
+                use.node.replace_input_with(use.index, cast.outputs[0])
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What float16 would do to a weight: a reason against it, or the kernel."""
+
+    loss: tuple[str, str] | None
+    kernel: _Narrow
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """float32 to float16, round to nearest even.
+
+    Processors disagree on what a NaN becomes, so with ``nan`` those are made here: sign and
+    the upper bits of the payload stay, and the quiet bit is set.
+    """
+
+    nan: bool = False
+
+    def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(out, block, casting="same_kind")
+        if self.nan:
+            at = np.isnan(block)
+            bits = block.view(np.uint32)[at]
+            payload = (bits >> 13 & 0x3FF) | 0x7E00
+            out.view(np.uint16)[at] = (bits >> 16 & 0x8000) | payload
+
+
+@dataclass(frozen=True)
+class _Widen:
+    """float16 to float32, exact."""
+
+    def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
+        np.copyto(out, block)
+
+
+def _scan(weight: Weight) -> _Scan:
+    nan = False
+    is_tiny = weight.tensor.size <= _TINY
+    for block in stream(weight.tensor):
+        # NaN makes both extremes NaN and infinities are extremes, so this settles most blocks.
+        if -_OVERFLOW < block.min() and block.max() < _OVERFLOW and not is_tiny:
+            continue
+        nan = nan or bool(np.isnan(block).any())
+        magnitude = np.abs(block[np.isfinite(block)])
+        if magnitude.size and magnitude.max() >= _OVERFLOW:
+            return _Scan(("OF221", f"{magnitude.max():g} overflows float16"), _Narrow())
+        lost = magnitude[(magnitude > 0) & (magnitude < _SMALLEST_NORMAL)]
+        if is_tiny and lost.size:
+            return _Scan(("OF222", f"{lost.min():g} is too small for float16"), _Narrow())
+    return _Scan(None, _Narrow(nan))
+
+
+def _cannot_cast(weight: Weight) -> tuple[str, str] | None:
+    scopes = [weight.scope, *(use.scope for use in weight.uses)]
+    version = min(scope.opset_imports.get("", 0) for scope in scopes)
+    if version >= 6:
+        return None
+    return "OF210", f"Cast needs opset 6, here it is {version or 'not imported'}"
+
+
+def _sharing(uses: Iterable[Use], *, share: bool) -> list[list[Use]]:
+    """Uses that read one Cast, in order of their nodes: those of a graph, or of a node."""
+
+    def graph(use: Use) -> int:
+        return id(use.scope.graph)
+
+    groups: dict[int, list[Use]] = {}
+    for use in uses:
+        groups.setdefault(graph(use) if share else id(use.node), []).append(use)
+    return list(groups.values())
+
+
+def _cast(weight: Weight, weights: Weights) -> ir.Node:
+    assert weight.value is not None
+    name = weights.unique(f"{weight.value.name}_fp16w")
+    return _cast_node(weight.value, name, weights, weight.value.shape)
+
+
+def _cast_behind(gather: ir.Node, weights: Weights) -> None:
+    """Cast what a Gather reads from a float16 table; the Cast takes over the output's name."""
+    wide = gather.outputs[0]
+    name = wide.name or ""
+    cast = _cast_node(wide, name, weights, wide.shape)
+    graph = gather.graph
+    assert graph is not None
+    graph.insert_after(gather, cast)
+    wide.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    cast.replace_input_with(0, wide)
+    cast.outputs[0].metadata_props.update(wide.metadata_props)
+    wide.name = weights.unique(f"{name}_fp16w")
+    wide.type = ir.TensorType(ir.DataType.FLOAT16)
+
+
+def _cast_node(source: ir.Value, output: str, weights: Weights, shape: ir.Shape | None) -> ir.Node:
+    return ir.node(
+        "Cast",
+        [source],
+        {"to": ir.DataType.FLOAT},
+        name=weights.unique(f"{source.name}_fp16w_cast"),
+        outputs=[
+            ir.Value(
+                name=output,
+                type=ir.TensorType(ir.DataType.FLOAT),
+                shape=None if shape is None else shape.copy(),
+            )
+        ],
+    )

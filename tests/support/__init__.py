@@ -1,0 +1,1 @@
+"""What the tests share: strategies, an independent oracle, payload digests, fixtures."""
