@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import CheckFailed, ModelError, Refused
 from onnxforge.manager import PassManager
 from onnxforge.numerics import Accumulator
 
@@ -33,7 +33,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CHILD = HERE / "_ort_child.py"
 LOAD_FAILED, RUN_FAILED = 3, 4
-KEPT_REASON = 200
+KEPT_REASON = 150
+HELD = EQUAL, LOADS = "bit-equal", "loads"
 
 REQUIREMENTS = {
     "1.17": ["onnxruntime==1.17.*", "numpy<2"],
@@ -69,6 +70,7 @@ class Case:
         parent: The model the tier must equal.
         tier: What the pipeline made, None where it made nothing.
         inputs: One archive for each run.
+        halved: Weights that the tier stores as float16 and the parent rounds.
         reason: Why there is no tier.
     """
 
@@ -76,6 +78,7 @@ class Case:
     parent: Path
     tier: Path | None
     inputs: tuple[Path, ...]
+    halved: int = 0
     reason: str = ""
 
 
@@ -131,24 +134,25 @@ def make_case(name: str, path: Path, inputs: list[Path], passes: str, folder: Pa
     """Run the pipeline on a model, and lay its parent beside the result."""
     folder.mkdir(parents=True, exist_ok=True)
     tier = folder / "tier.onnx"
-    parent = path
     try:
         PassManager(passes).run(path, tier)
-        if "fp16w" in passes:
-            parent = folder / "parent.onnx"
-            _round_weights(path, tier, parent)
-    except OnnxforgeError as error:
-        return Case(name, parent, None, tuple(inputs), str(error).splitlines()[0])
-    return Case(name, parent, tier, tuple(inputs))
+    except (CheckFailed, ModelError, Refused) as error:
+        return Case(name, path, None, tuple(inputs), reason=str(error).splitlines()[0])
+    if "fp16w" not in passes:
+        return Case(name, path, tier, tuple(inputs))
+    parent = folder / "parent.onnx"
+    halved = _round_weights(path, tier, parent)
+    return Case(name, parent, tier, tuple(inputs), halved)
 
 
-def _round_weights(path: Path, tier: Path, target: Path) -> None:
-    """Write the parent with those weights rounded that the tier stores as float16."""
+def _round_weights(path: Path, tier: Path, target: Path) -> int:
+    """Write the parent, those weights rounded that the tier stores as float16."""
     oracle = _module(ROOT / "tests/support/oracle.py")
     model = onnx.load(path)
     halves = set(_float16_weights(onnx.load(tier, load_external_data=False)))
     rounded = [name for name in oracle.float_weights(model) if name in halves]
     onnx.save(oracle.round_weights_fp16(model, rounded), target)
+    return len(rounded)
 
 
 def _float16_weights(model: onnx.ModelProto) -> Iterator[str]:
@@ -158,7 +162,8 @@ def _float16_weights(model: onnx.ModelProto) -> Iterator[str]:
         for tensor in getattr(scope, "initializer", ()):
             if tensor.data_type == TensorProto.FLOAT16:
                 yield tensor.name
-        for node, attribute in [(node, held) for node in scope.node for held in node.attribute]:
+        held = [(node, attribute) for node in scope.node for attribute in node.attribute]
+        for node, attribute in held:
             scopes += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())]
             if node.op_type == "Constant" and attribute.t.data_type == TensorProto.FLOAT16:
                 yield node.output[0]
@@ -190,7 +195,7 @@ def judge(case: Case, runtime: Runtime, options: argparse.Namespace) -> Outcome:
         if tier.word:
             return Outcome(f"TIER {tier.word.upper()}", good=False, detail=tier.detail)
         if not case.inputs:
-            return Outcome("loads", good=True)
+            return Outcome(LOADS, good=True)
         with np.load(files[0]) as wanted, np.load(files[1]) as found:
             return difference(dict(wanted), dict(found))
 
@@ -214,7 +219,8 @@ def run_child(
     if done.returncode == 0:
         return Outcome("", good=True)
     lines = done.stderr.decode(errors="replace").strip().splitlines()
-    detail = lines[-1][:KEPT_REASON] if lines else ""
+    # The runtime puts where it noticed first and what it noticed last.
+    detail = lines[-1].replace(str(model.parent), "")[-KEPT_REASON:] if lines else ""
     words = {LOAD_FAILED: "does not load", RUN_FAILED: "does not run"}
     return Outcome(words.get(done.returncode, _crash(done.returncode)), False, detail)
 
@@ -242,21 +248,22 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> Outcome:
             accumulator.update(reference, candidate)
     result = accumulator.result()
     if result.bit_equal:
-        return Outcome("bit-equal", good=True)
+        return Outcome(EQUAL, good=True)
     detail = f"max {result.max_abs:.3g}, {result.sqnr_db:.1f} dB"
     return Outcome("DIFFERS", good=False, detail=detail)
 
 
-def table(
-    cases: list[Case], runtimes: list[Runtime], outcomes: dict[tuple[str, str], Outcome]
-) -> list[str]:
+def table(cases: list[Case], runtimes: list[Runtime], rows: list[list[Outcome]]) -> list[str]:
     """The markdown table, with the runtimes' own words below it."""
     heads = [f"{runtime.name} ({runtime.version})" for runtime in runtimes]
-    lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    lines = [
+        f"| model | fp16 weights | {' | '.join(heads)} |",
+        "|---|---:|" + "---|" * len(heads),
+    ]
     notes: dict[str, list[str]] = collections.defaultdict(list)
-    for case in cases:
-        row = [outcomes[case.name, runtime.name] for runtime in runtimes]
-        lines.append(f"| {case.name} | {' | '.join(outcome.word for outcome in row)} |")
+    for case, row in zip(cases, rows, strict=True):
+        words = " | ".join(outcome.word for outcome in row)
+        lines.append(f"| {case.name} | {case.halved} | {words} |")
         for outcome, runtime in zip(row, runtimes, strict=True):
             if outcome.detail:
                 note = f"* {case.name}, {outcome.word}: {outcome.detail}"
@@ -273,7 +280,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--runtimes", default=",".join(REQUIREMENTS))
     add("--fixtures", default="*", help="names to try, as a glob; '' for none")
     add("--model", type=Path, action="append", default=[], help="one more model")
-    add("--inputs", type=Path, action="append", default=[], help="its inputs, .npz by name")
+    add("--inputs", type=Path, action="append", default=[], help="its inputs by name, .npz")
     add("--plain", action="store_true", help="with optimization and prepacking off")
     add("--timeout", type=float, default=120, help="seconds for one run")
     add("--workers", type=int, default=os.cpu_count())
@@ -298,19 +305,19 @@ def run(options: argparse.Namespace) -> int:
             zip(options.model, options.inputs, strict=True)
         ):
             own = folder / f"model{number}"
-            name = f"{model.parent.name}/{model.name}"
-            cases.append(make_case(name, model.resolve(), [inputs], options.passes, own))
+            cases.append(
+                make_case(inputs.stem, model.absolute(), [inputs], options.passes, own)
+            )
         pairs = [(case, runtime) for case in cases for runtime in runtimes]
         with ThreadPoolExecutor(options.workers) as pool:
             results = list(pool.map(lambda pair: judge(*pair, options), pairs))
-    outcomes = {
-        (case.name, runtime.name): outcome
-        for (case, runtime), outcome in zip(pairs, results, strict=True)
-    }
-    print("\n".join(table(cases, runtimes, outcomes)))
+    width = len(runtimes)
+    rows = [results[start : start + width] for start in range(0, len(results), width)]
+    print("\n".join(table(cases, runtimes, rows)))
+    held = sum(outcome.word in HELD for outcome in results)
     bad = sum(not outcome.good for outcome in results)
-    print(f"\n{len(results)} tried, {bad} bad")
-    return 1 if bad else 0
+    print(f"\n{len(results)} tried, {held} hold, {bad} bad")
+    return 1 if bad or not held else 0
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ class Finding:
     Attributes:
         code: Stable code, ``OF`` and three digits; ``onnxforge explain CODE`` tells more.
         where: Path of the node or weight inside the model.
-        message: The reason, lower case, without a trailing stop.
+        message: The reason, lower case, without a trailing stop; the same for all alike.
         nbytes: Size in bytes of the weight this is about, 0 for other findings.
         fate: What became of the weight, None for other findings.
         level: ``info``, ``warning`` or ``error``.
+        detail: What is special to this place, such as the value that does not fit.
     """
 
     code: str
@@ -63,10 +64,12 @@ class Finding:
     nbytes: int = 0
     fate: Fate | None = None
     level: str = "info"
+    detail: str = ""
 
     def __str__(self) -> str:
         """Code, place and reason in one line."""
-        return f"{self.code} {self.where}: {self.message}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.code} {self.where}: {self.message}{detail}"
 
 
 @dataclasses.dataclass

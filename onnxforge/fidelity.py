@@ -50,7 +50,7 @@ def _field(field: Any, a: Any, b: Any, path: str) -> str | None:
         return _repeated(field, a, b, where)
     if field.message_type is not None:
         return difference(a, b, where)
-    return None if a == b or (a != a and b != b) else f"{where} was {a!r}, is {b!r}"  # noqa: PLR0124
+    return None if a == b or (a != a and b != b) else f"{where} was {a!r}, is {b!r}"
 
 
 def _repeated(field: Any, a: Any, b: Any, where: str) -> str | None:
@@ -63,7 +63,7 @@ def _repeated(field: Any, a: Any, b: Any, where: str) -> str | None:
         if field.message_type is not None:
             if found := difference(x, y, inside):
                 return found
-        elif x != y and not (x != x and y != y):  # noqa: PLR0124 - NaN
+        elif x != y and not (x != x and y != y):
             return f"{inside} was {x!r}, is {y!r}"
     return None
 

@@ -46,7 +46,7 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
         read, buffer = reader(weight.tensor), np.empty(BLOCK_BYTES, np.uint8)
         for start, stop in blocks(weight.tensor):
             read(start, buffer[: stop - start])
-            sha.update(buffer[: stop - start])
+            sha.update(buffer[: stop - start].data)
         found.append((weight.where, sha.hexdigest()))
     return sorted(found)
 

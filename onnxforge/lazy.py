@@ -91,7 +91,7 @@ class DataFile:
 
     def read_into(self, offset: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
-        view = memoryview(out)
+        view = out.data
         with self.open() as file:
             file.seek(offset)
             while len(view):
@@ -149,13 +149,13 @@ class _LazyTensor(ir.TensorProtocol):
         for start, stop in blocks(self):
             block = out[: stop - start]
             read(start, block)
-            file.write(memoryview(block))
+            file.write(block.data)
 
     def numpy(self) -> np.ndarray:
         """All values, computed now."""
         content = np.frombuffer(self.tobytes(), np.uint8)
         if self.dtype.bitwidth < 8:
-            return ir.PackedTensor(content, self.dtype, shape=self.shape).numpy()
+            return ir.PackedTensor(content, self.dtype, shape=self.shape.numpy()).numpy()
         return content.view(self.dtype.numpy()).reshape(self.shape.numpy())
 
     def __array__(self, dtype: Any = None) -> np.ndarray:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from onnxforge import laws, model_io
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
-from onnxforge.errors import BrokenPass, OnnxforgeError
+from onnxforge.errors import BrokenPass
 from onnxforge.registry import parse
-from onnxforge.saving import Layout, Saved, data_path, refuse_to_overwrite, save
+from onnxforge.saving import Layout, Progress, refuse_to_overwrite, save
 from onnxforge.verify import interface, problem
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["Observer", "PassManager", "PassReport", "Report"]
 
@@ -104,10 +102,11 @@ class PassManager:
         observers: Are told before and after each pass.
         verify: Whether to verify; false saves time on a pipeline known to be good.
         check_laws: Also hold each pass to the law of its effect, on the model at hand.
+        inputs: Values to run the model on for that; drawn at random if None.
     """
 
-    codes = {
-        "OF901": "The input model does not pass the ONNX checker; runtimes may load it still.",
+    codes: ClassVar[Mapping[str, str]] = {
+        "OF901": "The ONNX checker does not accept the input; runtimes may load it still.",
     }
 
     def __init__(
@@ -117,6 +116,7 @@ class PassManager:
         observers: Sequence[Observer] = (),
         verify: bool = True,
         check_laws: bool = False,
+        inputs: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Take a pipeline text or passes.
 
@@ -127,6 +127,7 @@ class PassManager:
         self.observers = tuple(observers)
         self.verify = verify
         self.check_laws = check_laws
+        self.inputs = inputs
 
     def __str__(self) -> str:
         """The pipeline text."""
@@ -172,7 +173,7 @@ class PassManager:
         layout: Layout = "keep",
         force: bool = False,
         workers: int | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Report:
         """Run the passes on a file; nothing is written if one of them fails.
 
@@ -182,7 +183,7 @@ class PassManager:
             layout: See `onnxforge.saving.save`.
             force: Overwrite what is there.
             workers: Number of threads that write.
-            progress: Called with the number of bytes after each block written.
+            progress: Called on any thread after each block written.
 
         Raises:
             OnnxforgeError: A pass refuses the model, a check says no, or a file cannot be
@@ -241,7 +242,7 @@ class PassManager:
     def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
         start = time.perf_counter()
         before = interface(model)
-        law = laws.Witness(step, model) if self.check_laws else None
+        law = laws.Witness(step, model, self.inputs) if self.check_laws else None
         result = step(model)
         if not isinstance(result, Result):
             raise BrokenPass(f"{step.name} did not give back a Result")

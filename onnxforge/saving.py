@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 
 from onnxforge.errors import ModelError
-from onnxforge.lazy import FileTensor, identity
+from onnxforge.lazy import DerivedTensor, FileTensor, identity
 from onnxforge.model_io import MAX_PROTO_BYTES
 from onnxforge.skeleton import SOURCE, Skeleton, Source, set_external, skeleton
 from onnxforge.storage import wire
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "Saved", "data_path", "save"]
 
 Layout = Literal["keep", "inline", "sidecar"]
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
+"""Told the number of weight bytes just written, and of all that will be."""
 
 _RAW_DATA = 9
 
@@ -71,7 +72,7 @@ def save(
         force: Overwrite what is there.
         align: Offsets in the sidecar are multiples of this many bytes.
         workers: Number of threads.
-        progress: Called with the number of bytes after each block of weights.
+        progress: Called on any thread after each block of weights.
 
     Raises:
         ModelError: The output exists and ``force`` is off, or cannot be written, or does not
@@ -85,16 +86,21 @@ def save(
     data_target = data_path(target) if outside else None
     refuse_to_overwrite([target, *([data_target] if data_target else [])], force=force)
     sizes: dict[Path, int] = {}
+    total = sum(tensor.nbytes for tensor in content.tensors)
+
+    def count(written: int) -> None:
+        if progress is not None:
+            progress(written, total)
 
     def write_model(to: Path, location: str) -> None:
         if data is not None:
             data.place(location)
-        sizes[target] = _write_model(content, outside, to, workers, progress)
+        sizes[target] = _write_model(content, outside, to, workers, count)
 
     def write_data(to: Path) -> None:
         assert data is not None
         assert data_target is not None
-        write_file(to, data.parts, data.size, workers=workers, progress=progress)
+        write_file(to, data.parts, data.size, workers=workers, progress=count)
         sizes[data_target] = data.size
 
     try:
@@ -118,7 +124,7 @@ def _write_model(
     outside: set[int],
     to: Path,
     workers: int | None,
-    progress: Progress | None,
+    count: Callable[[int], None],
 ) -> int:
     inline = {
         i: wire.Payload(0, tensor.nbytes, getattr(tensor, "field", _RAW_DATA))
@@ -134,7 +140,7 @@ def _write_model(
         at += len(piece) if isinstance(piece, bytes) else inline[piece].length
     if at > MAX_PROTO_BYTES:
         raise ModelError(f"{to.parent}: the model needs {at} bytes, protobuf takes 2 GB")
-    write_file(to, parts, at, workers=workers, progress=progress)
+    write_file(to, parts, at, workers=workers, progress=count)
     return at
 
 
@@ -177,13 +183,13 @@ def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
         for tensor in content.proto.graph.initializer
         if tensor.external_data and tensor.external_data[0].value == content.location
     }
-    # Bodies and Constant nodes keep theirs where they are: browsers load those from inside only.
+    # Bodies and Constant nodes keep theirs inside: browsers load those from nowhere else.
     usual = {i for i in able if i in initializers or _was_outside(content.tensors[i])}
     return usual if _fits(content, usual) else able
 
 
 def _was_outside(tensor: ir.TensorProtocol) -> bool:
-    while hasattr(tensor, "source"):
+    while isinstance(tensor, DerivedTensor):
         tensor = tensor.source
     return isinstance(tensor, FileTensor) and bool(tensor.external)
 

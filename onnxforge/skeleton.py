@@ -143,7 +143,9 @@ def left_out(original: onnx.ModelProto, proto: onnx.ModelProto) -> onnx.ModelPro
     for field, key in (("value_info", "name"), ("quantization_annotation", "tensor_name")):
         known = {getattr(entry, key) for entry in getattr(proto.graph, field)}
         getattr(extras.graph, field).extend(
-            entry for entry in getattr(original.graph, field) if getattr(entry, key) not in known
+            entry
+            for entry in getattr(original.graph, field)
+            if getattr(entry, key) not in known
         )
     return extras if extras.ByteSize() else None
 

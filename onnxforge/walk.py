@@ -83,9 +83,8 @@ def replace_tensors(
                 value.const_value.name = value.name
                 value.const_value = replace(value.const_value)
         for node in scope.graph:
-            for attribute in list(node.attributes.values()):
-                if changed := _replaced(attribute, replace):
-                    node.attributes.add(changed)
+            changed = [_replaced(a, replace) for a in node.attributes.values()]
+            node.attributes.update({a.name: a for a in changed if a is not None})
 
 
 def _replaced(
@@ -126,7 +125,10 @@ def proto_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
 def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
     for node in nodes:
         for attribute in node.attribute:
-            for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for graph in [
+                *([attribute.g] if attribute.HasField("g") else []),
+                *attribute.graphs,
+            ]:
                 yield graph
                 yield from _bodies(graph.node)
 

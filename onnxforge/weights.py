@@ -7,19 +7,16 @@ and in functions.
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxforge.core import Fate, Finding
-from onnxforge.errors import Refused
-from onnxforge.lazy import BLOCK_BYTES, DerivedTensor, Kernel, blocks, reader
+from onnxforge.lazy import BLOCK_BYTES, blocks, reader
 from onnxforge.skeleton import SOURCE, Source
 from onnxforge.storage.writer import default_workers
 from onnxforge.walk import Scope, label, scopes
@@ -28,11 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
-    "CODES",
-    "DerivedTensor",
-    "Kernel",
     "Origin",
-    "Selection",
     "Use",
     "Weight",
     "Weights",
@@ -103,20 +96,6 @@ _PASSES_CONSTANTS = frozenset(
         "Unsqueeze",
     }
 )
-
-CODES: Mapping[str, str] = {
-    "OF201": "The weight is stored in its new form.",
-    "OF202": "The weight is excluded by `include` or `exclude`.",
-    "OF203": "The weight is smaller than `min_bytes`.",
-    "OF204": "The pass does not treat weights of this type.",
-    "OF205": "A runtime needs the value when it loads the model, so it stays a plain constant.",
-    "OF206": "The weight is an output of a graph; its type is part of the interface.",
-    "OF207": "The weight is also a graph input, so whoever runs the model may override it.",
-    "OF208": "Nothing reads the weight.",
-    "OF209": "The weight is an attribute of a node and cannot be converted on its way there.",
-    "OF210": "The operator set that holds there cannot express the new form.",
-}
-"""What the codes mean that all passes over weights share."""
 
 
 def needs_constant(domain: str, op_type: str) -> tuple[int, ...]:
@@ -302,31 +281,34 @@ def _weights_in(scope: Scope) -> Iterator[Weight]:
         if value.const_value is not None:
             yield Weight(scope, value.const_value, value, None, scope.path + name)
     for position, node in enumerate(scope.graph):
-        constant = node.op_type == "Constant" and not node.domain
-        where = scope.path + label(node, position)
         for attribute in node.attributes.values():
-            if attribute.is_ref():
-                continue
-            if constant and attribute.name in _CONSTANT_FORMS:
-                value = node.outputs[0]
-                tensor = _CONSTANT_FORMS[attribute.name](attribute)
-                yield Weight(scope, tensor, value, node, scope.path + (value.name or where))
-            elif attribute.type == ir.AttributeType.TENSOR:
-                place = f"{where}.{attribute.name}"
-                yield Weight(scope, attribute.as_tensor(), None, node, place)
-            elif attribute.type == ir.AttributeType.TENSORS:
-                for i, tensor in enumerate(attribute.as_tensors()):
-                    place = f"{where}.{attribute.name}[{i}]"
-                    yield Weight(scope, tensor, None, node, place)
+            if not attribute.is_ref():
+                yield from _in_attribute(scope, node, position, attribute)
+
+
+def _in_attribute(
+    scope: Scope, node: ir.Node, position: int, attribute: ir.Attr
+) -> Iterator[Weight]:
+    where = scope.path + label(node, position)
+    constant = node.op_type == "Constant" and not node.domain
+    if constant and attribute.name in _CONSTANT_FORMS:
+        value = node.outputs[0]
+        tensor = _CONSTANT_FORMS[attribute.name](attribute)
+        yield Weight(scope, tensor, value, node, scope.path + (value.name or where))
+    elif attribute.type == ir.AttributeType.TENSOR:
+        yield Weight(scope, attribute.as_tensor(), None, node, f"{where}.{attribute.name}")
+    elif attribute.type == ir.AttributeType.TENSORS:
+        for i, tensor in enumerate(attribute.as_tensors()):
+            yield Weight(scope, tensor, None, node, f"{where}.{attribute.name}[{i}]")
 
 
 def _uses(all_scopes: Iterable[Scope]) -> dict[ir.Value, list[Use]]:
     found: dict[ir.Value, list[Use]] = {}
     for scope in all_scopes:
         for position, node in enumerate(scope.graph):
-            for index, value in enumerate(node.inputs):
-                if value is not None:
-                    found.setdefault(value, []).append(Use(node, index, scope, position))
+            read = [(i, value) for i, value in enumerate(node.inputs) if value is not None]
+            for index, value in read:
+                found.setdefault(value, []).append(Use(node, index, scope, position))
     return found
 
 
@@ -352,83 +334,16 @@ def _names(all_scopes: Iterable[Scope], source: Source) -> set[str]:
         names.update(info.name for info in source.extras.graph.value_info)
     for scope in all_scopes:
         graph = scope.graph
-        values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+        values: list[ir.Value | None] = [
+            *graph.inputs,
+            *graph.outputs,
+            *graph.initializers.values(),
+        ]
         for node in graph:
             values += [*node.inputs, *node.outputs]
             names.add(node.name or "")
         names.update(value.name or "" for value in values if value is not None)
     return names
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which weights a pass is to treat, by the options that all such passes have.
-
-    Attributes:
-        dtypes: Types the pass treats.
-        min_bytes: Leave smaller weights alone.
-        include: Globs on names of weights and of nodes that read them; empty for all.
-        exclude: The same, of what to leave alone.
-    """
-
-    dtypes: frozenset[ir.DataType]
-    min_bytes: int = 0
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    matched: set[str] = field(default_factory=set, compare=False)
-
-    def split(self, weights: Weights) -> tuple[list[Weight], list[Finding]]:
-        """The weights to treat, and for each of the others why not.
-
-        Raises:
-            Refused: A glob matches no weight and no node.
-        """
-        chosen: list[Weight] = []
-        findings: list[Finding] = []
-        for weight in weights:
-            if reason := self._reason(weight):
-                code, message = reason
-                fate = Fate.EXCLUDED if code == "OF202" else Fate.SKIPPED
-                findings.append(Finding(code, weight.where, message, weight.nbytes, fate))
-            else:
-                chosen.append(weight)
-        for glob in (*self.include, *self.exclude):
-            if glob not in self.matched:
-                raise Refused(f"{glob!r} matches no weight and no node that reads one")
-        return chosen, findings
-
-    def _reason(self, weight: Weight) -> tuple[str, str] | None:
-        included = not self.include or self._matches(weight, self.include)
-        excluded = self._matches(weight, self.exclude)
-        if excluded or not included:
-            return "OF202", "excluded by name" if excluded else "not included by name"
-        if weight.dtype not in self.dtypes:
-            return "OF204", f"is {weight.dtype.name.lower()}"
-        if weight.nbytes < self.min_bytes:
-            return "OF203", f"smaller than {self.min_bytes} bytes"
-        return _obstacle(weight)
-
-    def _matches(self, weight: Weight, globs: Sequence[str]) -> bool:
-        names = [weight.where, *(use.node.name or "" for use in weight.uses)]
-        names.append((weight.value.name if weight.value else None) or "")
-        names += [use.where for use in weight.uses]
-        hits = [g for g in globs if any(fnmatch.fnmatchcase(n, g) for n in names)]
-        self.matched.update(hits)
-        return bool(hits)
-
-
-def _obstacle(weight: Weight) -> tuple[str, str] | None:
-    if weight.value is None:
-        return "OF209", "is an attribute of its node"
-    if weight.is_overridable:
-        return "OF207", "is also a graph input, callers may override it"
-    if weight.is_output:
-        return "OF206", "is a graph output"
-    if not weight.uses:
-        return "OF208", "nothing reads it"
-    if weight.is_needed_constant:
-        return "OF205", "a runtime needs its value at load time"
-    return None
 
 
 def stream(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:

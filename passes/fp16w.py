@@ -11,17 +11,10 @@ import onnx_ir as ir
 
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
 from onnxforge.errors import Refused
+from onnxforge.lazy import DerivedTensor
 from onnxforge.options import ByteSize
-from onnxforge.weights import (
-    CODES,
-    DerivedTensor,
-    Selection,
-    Use,
-    Weight,
-    Weights,
-    for_each,
-    stream,
-)
+from onnxforge.selection import CODES, Selection
+from onnxforge.weights import Use, Weight, Weights, for_each, stream
 
 __all__ = ["WeightsFp16CastPass"]
 
@@ -80,21 +73,18 @@ class WeightsFp16CastPass(Pass):
         decoded: dict[str, ir.TensorProtocol] = {}
         for weight, scan in zip(chosen, for_each(_scan, chosen), strict=True):
             before = weight.nbytes
-            if (reason := scan.loss or _cannot_cast(weight)) is not None:
-                code, message = reason
-                if code == "OF221" and self.on_overflow == "error":
-                    raise Refused(f"{weight.where}: {message}; on_overflow=keep leaves it")
-                level = "warning" if code == "OF221" else "info"
-                findings.append(
-                    Finding(code, weight.where, message, before, Fate.SKIPPED, level)
-                )
+            if (obstacle := scan.obstacle or _cannot_cast(weight)) is not None:
+                if obstacle.code == "OF221" and self.on_overflow == "error":
+                    raise Refused(f"{obstacle}; on_overflow=keep leaves it in float32")
+                findings.append(obstacle)
                 continue
             stored = DerivedTensor(weight.tensor, ir.DataType.FLOAT16, scan.kernel)
             decoded[weight.where] = DerivedTensor(stored, ir.DataType.FLOAT, _Widen())
             weight.store(stored)
             self._widen(weight, weights)
-            message = "stored as float16"
-            findings.append(Finding("OF201", weight.where, message, before, Fate.TREATED))
+            findings.append(
+                Finding("OF201", weight.where, "stored as float16", before, Fate.TREATED)
+            )
         return Result(model, bool(decoded), {}, tuple(findings), decoded)
 
     def _widen(self, weight: Weight, weights: Weights) -> None:
@@ -116,7 +106,7 @@ class WeightsFp16CastPass(Pass):
 class _Scan:
     """What float16 would do to a weight: a reason against it, or the kernel."""
 
-    loss: tuple[str, str] | None
+    obstacle: Finding | None
     kernel: _Narrow
 
 
@@ -152,25 +142,32 @@ def _scan(weight: Weight) -> _Scan:
     nan = False
     is_tiny = weight.tensor.size <= _TINY
     for block in stream(weight.tensor):
-        # NaN makes both extremes NaN and infinities are extremes, so this settles most blocks.
-        if -_OVERFLOW < block.min() and block.max() < _OVERFLOW and not is_tiny:
+        # NaN makes both extremes NaN and an infinity is one, so this settles most blocks.
+        if block.min() > -_OVERFLOW and block.max() < _OVERFLOW and not is_tiny:
             continue
         nan = nan or bool(np.isnan(block).any())
         magnitude = np.abs(block[np.isfinite(block)])
         if magnitude.size and magnitude.max() >= _OVERFLOW:
-            return _Scan(("OF221", f"{magnitude.max():g} overflows float16"), _Narrow())
+            detail = f"holds {magnitude.max():g}"
+            return _Scan(_skipped(weight, "OF221", "overflows float16", detail), _Narrow())
         lost = magnitude[(magnitude > 0) & (magnitude < _SMALLEST_NORMAL)]
         if is_tiny and lost.size:
-            return _Scan(("OF222", f"{lost.min():g} is too small for float16"), _Narrow())
+            detail = f"holds {lost.min():g}"
+            return _Scan(_skipped(weight, "OF222", "too small for float16", detail), _Narrow())
     return _Scan(None, _Narrow(nan))
 
 
-def _cannot_cast(weight: Weight) -> tuple[str, str] | None:
+def _cannot_cast(weight: Weight) -> Finding | None:
     scopes = [weight.scope, *(use.scope for use in weight.uses)]
     version = min(scope.opset_imports.get("", 0) for scope in scopes)
     if version >= 6:
         return None
-    return "OF210", f"Cast needs opset 6, here it is {version or 'not imported'}"
+    detail = f"opset {version}" if version else "ai.onnx is not imported"
+    return _skipped(weight, "OF210", "Cast needs opset 6", detail)
+
+
+def _skipped(weight: Weight, code: str, message: str, detail: str) -> Finding:
+    return Finding(code, weight.where, message, weight.nbytes, Fate.SKIPPED, detail=detail)
 
 
 def _sharing(uses: Iterable[Use], *, share: bool) -> list[list[Use]]:
@@ -206,7 +203,9 @@ def _cast_behind(gather: ir.Node, weights: Weights) -> None:
     wide.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
-def _cast_node(source: ir.Value, output: str, weights: Weights, shape: ir.Shape | None) -> ir.Node:
+def _cast_node(
+    source: ir.Value, output: str, weights: Weights, shape: ir.Shape | None
+) -> ir.Node:
     return ir.node(
         "Cast",
         [source],

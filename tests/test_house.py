@@ -26,7 +26,17 @@ NAMES = [name for name, entry in registry.entries().items() if entry.point is No
 
 ENGINE_LINES, PASS_LINES, FUNCTION_LINES = 400, 350, 50
 ARGUMENTS, NESTING, SUMMARY = 5, 3, 72
-PASSES_MAY_IMPORT = {"core", "errors", "numerics", "options", "weights"}
+PASSES_MAY_IMPORT = {
+    "core",
+    "errors",
+    "lazy",
+    "numerics",
+    "options",
+    "runtime",
+    "selection",
+    "walk",
+    "weights",
+}
 CORE_MAY_IMPORT = {"errors", "options", "spec"}
 TERMINAL = {"click", "rich"}
 HEAVY = {"numpy", "onnx", "onnx_ir", "onnxruntime"}

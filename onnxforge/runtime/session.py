@@ -1,4 +1,4 @@
-"""Running a model on onnxruntime, in a process of its own: runtimes crash on foreign models."""
+"""Running a model on onnxruntime, in a process of its own: it crashes on some models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +58,8 @@ def run(model: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise RuntimeFailed("onnxruntime is missing: pip install 'onnxforge[ort]'")
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
         feeds, results = Path(folder) / "in.npz", Path(folder) / "out.npz"
-        np.savez(feeds, **dict(inputs))
+        arrays: dict[str, Any] = dict(inputs)
+        np.savez(feeds, **arrays)
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, str(model), str(feeds), str(results)],
             capture_output=True,

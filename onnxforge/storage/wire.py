@@ -36,7 +36,11 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "function": {7: "node", 11: "attribute"},
 }
 _FLOAT_DATA, _RAW_DATA, _DOUBLE_DATA = 4, 9, 10
-_PAYLOADS = (_FLOAT_DATA, _RAW_DATA, _DOUBLE_DATA)  # fields whose bytes are little-endian values
+_PAYLOADS = (
+    _FLOAT_DATA,
+    _RAW_DATA,
+    _DOUBLE_DATA,
+)  # fields whose bytes are little-endian values
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 100  # protobuf's own parsers stop there
@@ -311,7 +315,7 @@ class _Splice(_Rewriter):
         payload = self.payloads.get(index)
         if payload is None:
             return None
-        hole = [
+        hole: list[_Piece] = [
             _Literal(_tag(payload.field, _BYTES) + _encoded(payload.length)),
             _Hole(index, payload.length),
         ]

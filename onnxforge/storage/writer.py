@@ -80,21 +80,21 @@ class _Output:
             return False
         with tensor.file.open() as file:
             source, at = tensor.offset + start, offset
-            end = offset + stop - start
-            while at < end:
-                try:
-                    count = os.copy_file_range(
-                        file.fileno(), self.fd, end - at, source, at
-                    )
-                except OSError as error:
-                    if error.errno not in _NO_KERNEL_COPY:
-                        raise
-                    self._kernel_copy = False
-                    return False
-                if not count:  # the plain copy tells what is wrong
+            while at < offset + stop - start:
+                count = self._copy_some(file.fileno(), source, at, offset + stop - start - at)
+                if not count:  # a plain copy works, or tells what is wrong
                     return False
                 source, at = source + count, at + count
         return True
+
+    def _copy_some(self, fd: int, source: int, target: int, size: int) -> int:
+        try:
+            return os.copy_file_range(fd, self.fd, size, source, target)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            self._kernel_copy = False
+            return 0
 
 
 class _Buffers(threading.local):
@@ -161,7 +161,7 @@ class _Job:
     def _block(self, read: Reader, start: int, stop: int, offset: int) -> None:
         block = self.buffers.block[: stop - start]
         read(start, block)
-        self.output.write_at(offset, memoryview(block))
+        self.output.write_at(offset, block.data)
         self._count(stop - start)
 
     def _count(self, written: int) -> None:

@@ -1,0 +1,356 @@
+"""The command line; the only module that prints or exits."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from onnxforge.manager import Report
+    from onnxforge.saving import Layout
+
+__all__ = ["main"]
+
+_FAILED_CHECK, _FAILED_RUN, _INTERRUPTED = 1, 2, 130
+_WORKER_BYTES = 4 << 20  # blocks of source and result that a writing thread holds
+_FORMAT = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What to print on stdout.",
+)
+
+
+_EXAMPLES = """\b
+Examples:
+  onnxforge run --passes 'fp16w,assert-pure' in.onnx out.onnx
+  onnxforge list
+  onnxforge explain fp16w
+  onnxforge inspect in.onnx
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLES)
+@click.version_option(package_name="onnxforge")
+def _cli() -> None:
+    """Turn an exported ONNX model into the tiers a publisher ships."""
+
+
+@_cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--passes", required=True, metavar="PIPELINE", help="Passes, as in 'a,b{c=1}'.")
+@click.option("--out-dir", type=click.Path(path_type=Path), help="Folder for many results.")
+@click.option("--force", is_flag=True, help="Overwrite what is there.")
+@click.option("--check-laws", is_flag=True, help="Hold each pass to its law on this model.")
+@click.option("--inputs", type=click.Path(path_type=Path), help=".npz to run the laws on.")
+@click.option(
+    "--layout",
+    type=click.Choice(["keep", "inline", "sidecar"]),
+    default="keep",
+    show_default=True,
+    help="Where weights go: as in the input, all into the model, or into a data file.",
+)
+@_FORMAT
+@click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@click.option("--dry-run", is_flag=True, help="Run the passes and write nothing.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads that write.")
+@click.option("--max-memory", metavar="SIZE", help="Most memory to use, such as 200MB.")
+@click.option("-v", "--verbose", is_flag=True, help="Print every finding.")
+def run(
+    *,
+    files: tuple[Path, ...],
+    passes: str,
+    out_dir: Path | None,
+    force: bool,
+    check_laws: bool,
+    inputs: Path | None,
+    layout: Layout,
+    style: str,
+    report: Path | None,
+    dry_run: bool,
+    workers: int | None,
+    max_memory: str | None,
+    verbose: bool,
+) -> None:
+    """Run passes on IN and write OUT, or on many files with --out-dir."""
+    from onnxforge.manager import PassManager
+    from onnxforge.registry import parse
+    from onnxforge.report import report_as_text
+
+    steps = parse(passes)
+    only_checks = all(step.effect.value == "check" for step in steps)
+    jobs = _jobs(files, out_dir, writes=not (only_checks or dry_run))
+    threads = _workers(workers, max_memory)
+    runs = []
+    for source, target in jobs:
+        with _progress(source.name) as (observer, advance), _named(source, passes):
+            start = time.perf_counter()
+            manager = PassManager(
+                steps, observers=[observer], check_laws=check_laws, inputs=_inputs(inputs)
+            )
+            done = manager.run(
+                source,
+                None if dry_run else target,
+                layout=layout,
+                force=force,
+                workers=threads,
+                progress=advance,
+            )
+        runs.append(_record(source, target, done, time.perf_counter() - start))
+        if style == "text":
+            click.echo(f"{source} -> {target}" if target else f"{source}")
+            click.echo(report_as_text(done, verbose=verbose))
+            click.echo(_cost(runs[-1]))
+    document = {"schema": 1, "version": importlib.metadata.version("onnxforge"), "runs": runs}
+    text = json.dumps(document, indent=2)
+    if style == "json":
+        click.echo(text)
+    if report is not None:
+        _write_text(report, text + "\n")
+
+
+def _record(source: Path, target: Path | None, done: Report, seconds: float) -> dict[str, Any]:
+    from onnxforge.report import report_as_dict
+
+    return {
+        "source": str(source),
+        "target": None if target is None else str(target),
+        **report_as_dict(done),
+        "seconds": round(seconds, 3),
+        "peak_memory": _peak_memory(),
+    }
+
+
+def _cost(record: dict[str, Any]) -> str:
+    memory = record["peak_memory"]
+    peak = f", peak memory {memory / 1e6:.0f} MB" if memory else ""
+    return f"  {record['seconds']:.2f} s{peak}"
+
+
+@contextlib.contextmanager
+def _named(source: Path, passes: str) -> Iterator[None]:
+    """Give errors the name of the file; what is no error of ours, a command to repeat it."""
+    try:
+        yield
+    except OnnxforgeError as error:
+        if str(source) not in str(error):
+            error.args = (f"{source}: {error.args[0]}", *error.args[1:])
+        raise
+    except Exception as error:
+        command = shlex.join(["onnxforge", "run", "--passes", passes, str(source)])
+        error.add_note(f"this is a bug; reproduce it with: {command} --dry-run")
+        raise
+
+
+def _jobs(
+    files: Sequence[Path], out_dir: Path | None, *, writes: bool
+) -> list[tuple[Path, Path | None]]:
+    """Pairs of input and output."""
+    if out_dir is not None:
+        if not out_dir.is_dir():
+            raise click.UsageError(f"--out-dir {out_dir}: no such folder")
+        names = [file.name for file in files]
+        if len(set(names)) < len(names):
+            raise click.UsageError("two inputs have the same name")
+        return [(file, out_dir / file.name) for file in files]
+    if len(files) == 2:
+        return [(files[0], files[1])]
+    if len(files) == 1 and not writes:
+        return [(files[0], None)]
+    raise click.UsageError("give IN and OUT, or inputs and --out-dir")
+
+
+def _inputs(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError) as error:
+        raise OnnxforgeError(f"{path}: no .npz of inputs ({error})") from None
+
+
+def _workers(workers: int | None, max_memory: str | None) -> int | None:
+    """Number of threads that fit into the memory there is."""
+    if max_memory is None:
+        return workers
+    from onnxforge.options import ByteSize
+    from onnxforge.storage.writer import default_workers
+
+    try:
+        limit = ByteSize(max_memory)
+    except ValueError as error:
+        raise click.UsageError(f"--max-memory: {error}") from None
+    used = _peak_memory() or 0
+    able = (limit - used) // _WORKER_BYTES
+    if able < 1:
+        needed = f"{(used + _WORKER_BYTES) / 1e6:.0f}MB"
+        raise OnnxforgeError(f"--max-memory {max_memory} is too little; {needed} is the least")
+    return min(workers or default_workers(), able)
+
+
+def _peak_memory() -> int | None:
+    """Most memory this process had so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Phases:
+    """Shows which pass runs."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+
+    def before(self, step: Any, model: Any) -> None:
+        self._show(step.name)
+
+    def after(self, step: Any, result: Any) -> None:
+        self._show("writing")
+
+    def failed(self, step: Any, error: Exception) -> None:
+        self._show(f"{step.name} failed")
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[tuple[_Phases, Callable[[int, int], None]]]:
+    """A bar on stderr for work of more than a second, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield _Phases(lambda phase: None), lambda written, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task(name, total=None)
+    timer = threading.Timer(1.0, bar.start)
+    timer.start()
+
+    def show(phase: str) -> None:
+        bar.update(task, description=f"{name}: {phase}")
+
+    def advance(written: int, total: int) -> None:
+        bar.update(task, advance=written, total=total)
+
+    try:
+        yield _Phases(show), advance
+    finally:
+        timer.cancel()
+        bar.stop()
+
+
+@_cli.command("list")
+@_FORMAT
+def list_passes(style: str) -> None:
+    """List all passes, built in and installed."""
+    from onnxforge.registry import entries, pass_class
+
+    rows = [
+        (name, pass_class(name).effect.value, _summary(pass_class(name)), entry.distribution)
+        for name, entry in entries().items()
+    ]
+    if style == "json":
+        keys = ("name", "effect", "summary", "distribution")
+        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        return
+    width = max(len(row[0]) for row in rows)
+    for name, effect, summary, _ in rows:
+        click.echo(f"{name:<{width}}  {effect:<8} {summary}")
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+@_cli.command()
+@click.argument("topic", metavar="PASS|CODE")
+def explain(topic: str) -> None:
+    """Explain a pass, or the code of a finding."""
+    import inspect
+
+    from onnxforge.manager import PassManager
+    from onnxforge.registry import entries, pass_class
+
+    if topic[:2].upper() == "OF" and topic[2:].isdigit():
+        sources: list[Any] = [PassManager, *(pass_class(name) for name in entries())]
+        meanings = {code: text for source in sources for code, text in source.codes.items()}
+        if topic.upper() not in meanings:
+            raise SpecError(f"no finding has the code {topic.upper()}")
+        click.echo(f"{topic.upper()}: {meanings[topic.upper()]}")
+        return
+    cls = pass_class(topic)
+    click.echo(f"{cls.name} ({cls.effect.value})\n\n{inspect.getdoc(cls)}")
+    if cls.codes:
+        click.echo("\nFindings:")
+        for code, text in sorted(cls.codes.items()):
+            click.echo(f"    {code}: {text}")
+
+
+@_cli.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@_FORMAT
+def inspect_model(model: Path, style: str) -> None:
+    """Show what a model is: operators, versions, interface, weights, files."""
+    from onnxforge.inspection import inspect
+    from onnxforge.report import inspection_as_dict, inspection_as_text
+
+    found = inspect(model)
+    if style == "json":
+        click.echo(json.dumps(inspection_as_dict(found), indent=2))
+    else:
+        click.echo(inspection_as_text(found))
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise OnnxforgeError(f"{path}: {error.strerror}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a check said no, 2 the run itself failed."""
+    try:
+        _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(_FAILED_RUN)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_FAILED_RUN)
+    except CheckFailed as error:
+        click.echo(f"onnxforge: {error}", err=True)
+        sys.exit(_FAILED_CHECK)
+    except OnnxforgeError as error:
+        click.echo(f"onnxforge: {error}", err=True)
+        sys.exit(_FAILED_RUN)
+    sys.exit(0)

@@ -1,0 +1,136 @@
+"""What a model is: operators, versions, interface and weights, without reading a weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onnxforge import model_io
+from onnxforge.lazy import FileTensor
+from onnxforge.manager import PIPELINE_KEY
+from onnxforge.walk import scopes
+from onnxforge.weights import Weight, Weights
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+__all__ = ["Inspection", "Port", "WeightGroup", "inspect"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its name, type and shape as text."""
+
+    name: str
+    type: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights of one type in one kind of place.
+
+    Attributes:
+        dtype: Type of their elements.
+        place: ``initializer``, ``Constant node`` or ``attribute``, and where: ``main graph``,
+            ``body`` or ``function``.
+        stored: ``inline`` or ``data file``.
+        count: How many.
+        nbytes: Their size in bytes.
+    """
+
+    dtype: str
+    place: str
+    stored: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model is.
+
+    Attributes:
+        ir_version: Version of the file format.
+        opsets: Imported version of each operator set; those of functions are named after them.
+        producer: Name and version of the tool that exported it.
+        pipeline: The onnxforge passes it went through, empty if none.
+        files: Size in bytes of the model and of each data file.
+        inputs: Graph inputs.
+        outputs: Graph outputs.
+        weights: Weights by type and place, the largest first.
+        ops: Number of nodes by operator, in all graphs, the most frequent first.
+    """
+
+    ir_version: int
+    opsets: Mapping[str, int]
+    producer: str
+    pipeline: str
+    files: Mapping[Path, int]
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
+    weights: Sequence[WeightGroup]
+    ops: Mapping[str, int]
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Look at a model file.
+
+    Raises:
+        ModelError: The model cannot be read.
+    """
+    model = model_io.load(path, editable=False)
+    ops = Counter(_operator(node) for scope in scopes(model) for node in scope.graph)
+    opsets = {domain or "ai.onnx": version for domain, version in model.opset_imports.items()}
+    for function in model.functions.values():
+        for domain, version in function.opset_imports.items():
+            opsets[f"{function.domain}::{function.name}/{domain or 'ai.onnx'}"] = version
+    return Inspection(
+        ir_version=model.ir_version,
+        opsets=opsets,
+        producer=" ".join(filter(None, [model.producer_name, model.producer_version])),
+        pipeline=model.metadata_props.get(PIPELINE_KEY, ""),
+        files=model_io.files(model),
+        inputs=[_port(value) for value in model.graph.inputs],
+        outputs=[_port(value) for value in model.graph.outputs],
+        weights=_groups(Weights(model)),
+        ops=dict(ops.most_common()),
+    )
+
+
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _port(value: ir.Value) -> Port:
+    return Port(value.name or "", str(value.type), str(value.shape))
+
+
+def _groups(weights: Weights) -> list[WeightGroup]:
+    counts: Counter[tuple[str, str, str]] = Counter()
+    sizes: Counter[tuple[str, str, str]] = Counter()
+    for weight in weights:
+        key = weight.dtype.name.lower(), _place(weight), _stored(weight)
+        counts[key] += 1
+        sizes[key] += weight.nbytes
+    return [WeightGroup(*key, counts[key], size) for key, size in sizes.most_common()]
+
+
+def _place(weight: Weight) -> str:
+    if weight.node is None:
+        kind = "initializer"
+    else:
+        kind = "attribute" if weight.value is None else "Constant node"
+    scope = weight.scope
+    outer = "function" if scope.function else "body" if scope.parent else "main graph"
+    return f"{kind}, {outer}"
+
+
+def _stored(weight: Weight) -> str:
+    tensor = weight.tensor
+    return "data file" if isinstance(tensor, FileTensor) and tensor.external else "inline"

@@ -1,0 +1,164 @@
+"""Reports as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from onnxforge.core import Fate, Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from onnxforge.inspection import Inspection
+    from onnxforge.manager import PassReport, Report
+
+__all__ = [
+    "human_bytes",
+    "inspection_as_dict",
+    "inspection_as_text",
+    "report_as_dict",
+    "report_as_text",
+]
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def report_as_dict(report: Report) -> dict[str, Any]:
+    """A report as plain data, for JSON."""
+    return {
+        "passes": [
+            {
+                "pass": step.text,
+                "effect": step.effect,
+                "modified": step.modified,
+                "seconds": round(step.seconds, 3),
+                "stats": dict(step.stats),
+                "weights": {
+                    fate.value: dict(zip(("count", "bytes"), step.tally(fate), strict=True))
+                    for fate in Fate
+                },
+                "findings": [_finding_as_dict(finding) for finding in step.findings],
+            }
+            for step in report.passes
+        ],
+        "findings": [_finding_as_dict(finding) for finding in report.findings],
+        "read": report.source,
+        "written": report.written,
+        "layout": report.layout,
+    }
+
+
+def _finding_as_dict(finding: Finding) -> dict[str, Any]:
+    fields = dataclasses.asdict(finding)
+    fields["fate"] = finding.fate.value if finding.fate else None
+    return fields
+
+
+def report_as_text(report: Report, *, verbose: bool = False) -> str:
+    """The closing summary: what each pass did to how many weights, and why not to others."""
+    lines = [f"  warning: {finding}" for finding in report.findings]
+    for step in report.passes:
+        lines += _step_lines(step, verbose=verbose)
+    if report.written:
+        before, after = sum(report.source.values()), sum(report.written.values())
+        share = f" ({100 * after / before:.1f} %)" if before else ""
+        lines.append(
+            f"  {human_bytes(before)} -> {human_bytes(after)}{share}, {report.layout}"
+        )
+    return "\n".join(lines)
+
+
+def _step_lines(step: PassReport, *, verbose: bool) -> Iterator[str]:
+    name = step.text.partition("{")[0]
+    what = "modified" if step.modified else "ok" if step.effect == "check" else "nothing to do"
+    yield f"  {name}: {what}"
+    for stat, number in step.stats.items():
+        yield f"    {stat.replace('_', ' ')}: {number}"
+    for fate in Fate:
+        count, size = step.tally(fate)
+        if count:
+            yield f"    {count} weights {fate.value}, {human_bytes(size)}"
+            if fate is not Fate.TREATED:
+                yield from _reasons(f for f in step.findings if f.fate is fate)
+    for finding in step.findings:
+        if verbose or finding.level != "info":
+            yield f"    {finding.level}: {finding}"
+
+
+def _reasons(findings: Iterable[Finding]) -> Iterator[str]:
+    """One line for each reason, the most frequent first."""
+    grouped: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault((finding.code, finding.message), []).append(finding)
+    for (code, message), group in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        size = human_bytes(sum(finding.nbytes for finding in group))
+        if len(group) == 1:
+            yield f"      {group[0]}: {size}"
+        else:
+            yield f"      {code} {message}: {len(group)} weights, {size}"
+
+
+def inspection_as_dict(found: Inspection) -> dict[str, Any]:
+    """What `inspect` found as plain data, for JSON."""
+    fields = dataclasses.asdict(found)
+    fields["files"] = {str(path): size for path, size in found.files.items()}
+    return fields
+
+
+def inspection_as_text(found: Inspection) -> str:
+    """What `inspect` found as tables."""
+    opsets = ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())
+    lines = [
+        f"IR {found.ir_version}, opsets: {opsets}",
+        f"made by: {found.producer or 'unknown'}",
+        *(["pipeline: " + found.pipeline] if found.pipeline else []),
+        "",
+        *_table(["file", "bytes"], [[p.name, f"{size:,}"] for p, size in found.files.items()]),
+        "",
+        *_table(
+            ["", "name", "type", "shape"],
+            [
+                [kind, value.name, value.type, value.shape]
+                for kind, values in (("input", found.inputs), ("output", found.outputs))
+                for value in values
+            ],
+        ),
+        "",
+        *_table(
+            ["weights", "in", "stored", "count", "bytes"],
+            [
+                [group.dtype, group.place, group.stored, str(group.count), f"{group.nbytes:,}"]
+                for group in found.weights
+            ],
+        ),
+        "",
+        *_table(["operator", "count"], [[op, str(count)] for op, count in found.ops.items()]),
+    ]
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as they need, numbers to the right."""
+    if not rows:
+        return [f"{header[0] or header[1]}: none"]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    numeric = [
+        all(row[i].replace(",", "").isdigit() for row in rows) for i in range(len(header))
+    ]
+    return [
+        "  ".join(
+            word.rjust(width) if right else word.ljust(width)
+            for word, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in itertools.chain([header], rows)
+    ]

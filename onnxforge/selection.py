@@ -1,0 +1,105 @@
+"""Which weights a pass treats, and why not the others; the same for all passes."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from onnxforge.core import Fate, Finding
+from onnxforge.errors import Refused
+from onnxforge.options import ByteSize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import onnx_ir as ir
+
+    from onnxforge.weights import Weight, Weights
+
+__all__ = ["CODES", "Selection"]
+
+CODES: Mapping[str, str] = {
+    "OF201": "The weight is stored in its new form.",
+    "OF202": "The weight is excluded by `include` or `exclude`.",
+    "OF203": "The weight is smaller than `min_bytes`.",
+    "OF204": "The pass does not treat weights of this type.",
+    "OF205": "A runtime needs the value at load time, so it stays a plain constant.",
+    "OF206": "The weight is an output of a graph; its type is part of the interface.",
+    "OF207": "The weight is also a graph input, so whoever runs the model may override it.",
+    "OF208": "Nothing reads the weight.",
+    "OF209": "The weight is an attribute of a node and cannot be converted on its way there.",
+    "OF210": "The operator set that holds there cannot express the new form.",
+}
+"""What the codes mean that all passes over weights share."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights a pass is to treat, by the options that all such passes have.
+
+    Attributes:
+        dtypes: Types the pass treats.
+        min_bytes: Leave smaller weights alone.
+        include: Globs on names of weights and of nodes that read them; empty for all.
+        exclude: The same, of what to leave alone.
+    """
+
+    dtypes: frozenset[ir.DataType]
+    min_bytes: ByteSize = ByteSize(0)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    matched: set[str] = field(default_factory=set, compare=False)
+
+    def split(self, weights: Weights) -> tuple[list[Weight], list[Finding]]:
+        """The weights to treat, and for each of the others why not.
+
+        Raises:
+            Refused: A glob matches no weight and no node.
+        """
+        chosen: list[Weight] = []
+        findings: list[Finding] = []
+        for weight in weights:
+            if reason := self._reason(weight):
+                code, message = reason
+                fate = Fate.EXCLUDED if code == "OF202" else Fate.SKIPPED
+                findings.append(Finding(code, weight.where, message, weight.nbytes, fate))
+            else:
+                chosen.append(weight)
+        for glob in (*self.include, *self.exclude):
+            if glob not in self.matched:
+                raise Refused(f"{glob!r} matches no weight and no node that reads one")
+        return chosen, findings
+
+    def _reason(self, weight: Weight) -> tuple[str, str] | None:
+        included = not self.include or self._matches(weight, self.include)
+        excluded = self._matches(weight, self.exclude)
+        if excluded or not included:
+            return "OF202", "excluded by name" if excluded else "not included by name"
+        if weight.dtype not in self.dtypes:
+            return "OF204", f"is {weight.dtype.name.lower()}"
+        if weight.nbytes < self.min_bytes:
+            return "OF203", f"smaller than {self.min_bytes}"
+        return _obstacle(weight)
+
+    def _matches(self, weight: Weight, globs: Sequence[str]) -> bool:
+        names = [weight.where, *(use.node.name or "" for use in weight.uses)]
+        names.append((weight.value.name if weight.value else None) or "")
+        names += [use.where for use in weight.uses]
+        hits = [g for g in globs if any(fnmatch.fnmatchcase(n, g) for n in names)]
+        self.matched.update(hits)
+        return bool(hits)
+
+
+def _obstacle(weight: Weight) -> tuple[str, str] | None:
+    if weight.value is None:
+        return "OF209", "is an attribute of its node"
+    if weight.is_overridable:
+        return "OF207", "is also a graph input, callers may override it"
+    if weight.is_output:
+        return "OF206", "is a graph output"
+    if not weight.uses:
+        return "OF208", "nothing reads it"
+    if weight.is_needed_constant:
+        return "OF205", "a runtime needs its value at load time"
+    return None
