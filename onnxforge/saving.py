@@ -191,7 +191,7 @@ def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
 def _was_outside(tensor: ir.TensorProtocol) -> bool:
     while isinstance(tensor, DerivedTensor):
         tensor = tensor.source
-    return isinstance(tensor, FileTensor) and bool(tensor.external)
+    return bool(isinstance(tensor, FileTensor) and tensor.external)
 
 
 def _fits(content: Skeleton, outside: set[int]) -> bool:
