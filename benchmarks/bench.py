@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import platform
 import shutil
@@ -72,22 +73,21 @@ class Run:
     failure: str = ""
 
 
-def _float16_converter(source: str, target: str) -> None:
+def _converter_common(source: str, target: str, *, bare: bool = False) -> None:
     import onnx
     from onnxconverter_common import float16
 
     model = onnx.load(source)
-    # Shape inference would serialise the model, which fails above 2 GB and costs time below.
-    converted = float16.convert_float_to_float16(model, disable_shape_infer=True)
+    converted = float16.convert_float_to_float16(model, disable_shape_infer=bare)
     _save(converted, source, target)
 
 
-def _onnxruntime_float16(source: str, target: str) -> None:
+def _onnxruntime(source: str, target: str, *, bare: bool = False) -> None:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = onnx.load(source)
-    converted = convert_float_to_float16(model, disable_shape_infer=True)
+    converted = convert_float_to_float16(model, disable_shape_infer=bare)
     _save(converted, source, target)
 
 
@@ -140,9 +140,12 @@ def _bare_numpy(source: str, target: str) -> None:
             list(pool.map(rewrite, range(0, count, FLOOR_BLOCK // 4)))
 
 
+# By default both converters infer shapes, which serialises the model: more than 2 GB fail.
 PEERS: dict[str, Callable[[str, str], None]] = {
-    "onnxconverter-common float16": _float16_converter,
-    "onnxruntime float16": _onnxruntime_float16,
+    "onnxconverter-common float16": _converter_common,
+    "onnxconverter-common, no shapes": functools.partial(_converter_common, bare=True),
+    "onnxruntime float16": _onnxruntime,
+    "onnxruntime float16, no shapes": functools.partial(_onnxruntime, bare=True),
     "onnx load + save": _onnx_load_save,
     "onnx_ir load + save": _onnx_ir_load_save,
     "bare numpy rewrite": _bare_numpy,
@@ -265,9 +268,15 @@ def table(runs: dict[str, list[Run]]) -> list[str]:
 
 
 def ratio(runs: list[Run], base: list[Run]) -> str:
-    """Median of the ratios of runs of the same round."""
-    pairs = [a.seconds / b.seconds for a, b in zip(runs, base, strict=False) if not b.failure]
-    return f"{statistics.median(pairs):.2f}" if pairs else "-"
+    """Median ratio of the pairs; of the medians where runs and base are not in pairs."""
+    good = [run.seconds for run in base if not run.failure]
+    if not good:
+        return "-"
+    if len(runs) != len(good):
+        return (
+            f"{statistics.median(run.seconds for run in runs) / statistics.median(good):.2f}"
+        )
+    return f"{statistics.median(a.seconds / b for a, b in zip(runs, good, strict=True)):.2f}"
 
 
 def report(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import shlex
 import sys
@@ -337,6 +338,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check said no, 2 the run itself failed."""
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # what matters, we say ourselves
     try:
         _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
     except click.exceptions.Abort:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ _UNORDERED = {
 }
 
 
-def difference(a: Any, b: Any, path: str = "model") -> str | None:
+_PAYLOAD_FIELDS = frozenset({"raw_data", "external_data", "data_location"})
+
+
+def difference(a: Any, b: Any, path: str = "model", *, stub: str = "") -> str | None:
     """Say where two protobuf messages of one type first differ, or None.
 
     An unset and an empty value count as equal, the domains ``ai.onnx`` and "" as well, and so
@@ -30,45 +34,61 @@ def difference(a: Any, b: Any, path: str = "model") -> str | None:
         a: The message as it was.
         b: The message as it is.
         path: How to call the message in the answer.
+        stub: Location of tensors of ``b`` whose payload is elsewhere and not compared.
     """
     if a == b:
         return None
+    skipped = _PAYLOAD_FIELDS if _is_stub(b, stub) else ()
     for field in a.DESCRIPTOR.fields:
-        found = _field(field, getattr(a, field.name), getattr(b, field.name), path)
+        if field.name in skipped:
+            continue
+        found = _field(field, getattr(a, field.name), getattr(b, field.name), path, stub)
         if found is not None:
             return found
     return None
 
 
-def _field(field: Any, a: Any, b: Any, path: str) -> str | None:
+def _is_stub(message: Any, stub: str) -> bool:
+    if not stub or message.DESCRIPTOR.name != "TensorProto" or not message.external_data:
+        return False
+    return bool(message.external_data[0].value == stub)
+
+
+def _changed(a: Any, b: Any) -> str:
+    return f"was {reprlib.repr(a)}, is {reprlib.repr(b)}"
+
+
+def _field(field: Any, a: Any, b: Any, path: str, stub: str) -> str | None:
     where = f"{path}.{field.name}"
     if field.name == "domain":
         a, b = (word.removeprefix("ai.onnx") if word == "ai.onnx" else word for word in (a, b))
     if field.is_repeated:
         if field.name == "output" and field.message_type is None:
             a, b = _without_trailing_blanks(a), _without_trailing_blanks(b)
-        return _repeated(field, a, b, where)
+        return _repeated(field, a, b, where, stub)
     if field.message_type is not None:
-        return difference(a, b, where)
-    return None if a == b or (a != a and b != b) else f"{where} was {a!r}, is {b!r}"
+        return difference(a, b, where, stub=stub)
+    return None if a == b or (a != a and b != b) else f"{where} {_changed(a, b)}"
 
 
-def _repeated(field: Any, a: Any, b: Any, where: str) -> str | None:
+def _repeated(field: Any, a: Any, b: Any, where: str, stub: str) -> str | None:
     if key := _UNORDERED.get(field.name):
-        return _unordered(key, a, b, where)
+        return _unordered(key, a, b, where, stub)
     if len(a) != len(b):
         return f"{where} had {len(a)} entries, has {len(b)}"
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         inside = f"{where}[{i}]"
         if field.message_type is not None:
-            if found := difference(x, y, inside):
+            if found := difference(x, y, inside, stub=stub):
                 return found
         elif x != y and not (x != x and y != y):
-            return f"{inside} was {x!r}, is {y!r}"
+            return f"{inside} {_changed(x, y)}"
     return None
 
 
-def _unordered(key: str, a: Iterable[Any], b: Iterable[Any], where: str) -> str | None:
+def _unordered(
+    key: str, a: Iterable[Any], b: Iterable[Any], where: str, stub: str
+) -> str | None:
     def named(entries: Iterable[Any]) -> list[tuple[str, Any]]:
         pairs = [(getattr(entry, key), entry) for entry in entries]
         return sorted(pairs, key=lambda pair: pair[0])
@@ -78,7 +98,7 @@ def _unordered(key: str, a: Iterable[Any], b: Iterable[Any], where: str) -> str 
         odd = {k for k, _ in mine} ^ {k for k, _ in theirs}
         return f"{where}: {', '.join(sorted(odd)[:3]) or 'repeated entries'} not in both"
     for (name, x), (_, y) in zip(mine, theirs, strict=True):
-        if found := difference(x, y, f"{where}[{name}]"):
+        if found := difference(x, y, f"{where}[{name}]", stub=stub):
             return found
     return None
 

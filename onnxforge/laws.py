@@ -16,7 +16,7 @@ from onnxforge.lazy import BLOCK_BYTES, blocks, identity, reader
 from onnxforge.numerics.samples import random_inputs
 from onnxforge.runtime.session import RuntimeFailed, run
 from onnxforge.saving import save
-from onnxforge.skeleton import skeleton
+from onnxforge.skeleton import skeleton, twin
 from onnxforge.weights import Weights
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Witness:
         self._inputs = inputs
         self._digest = digest(model)
         self._payloads = payloads(model) if step.effect is Effect.LAYOUT else []
-        self._parent = model.clone() if step.effect is Effect.STORAGE else None
+        self._parent = twin(model) if step.effect is Effect.STORAGE else None
 
     def hold(self, result: Result) -> None:
         """Check the flag, idempotence and the law of the effect.

@@ -170,12 +170,12 @@ def _make_editable(
     for tensor, stub in zip(again.tensors, again.stubs, strict=True):
         if entries := written.get(id(tensor)):
             set_external(stub, entries)
-    if difference(proto, again.proto) is None:
+    if difference(proto, again.proto, stub=again.location) is None:
         return
     if extras := left_out(proto, again.proto):
         model.meta[SOURCE] = dataclasses.replace(model.meta[SOURCE], extras=extras)
         put_back(again.proto, extras)
-    if loss := difference(proto, again.proto):
+    if loss := difference(proto, again.proto, stub=again.location):
         raise ModelError(f"cannot be edited without loss: {loss}")
 
 

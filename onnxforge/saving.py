@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,10 +174,17 @@ def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
     if layout == "inline" or (layout == "keep" and not external and _fits(content, set())):
         return set()
     fixed = _constant_names(content.proto)
+    names = Counter(identity(tensor) for tensor in content.tensors)
+
+    def worth_it(tensor: ir.TensorProtocol) -> bool:
+        # Inside, a tensor with two names is stored twice, however small it has become.
+        tied = names[identity(tensor)] > 1 and _was_outside(tensor)
+        return tensor.nbytes >= (1 if tied else wire.PAYLOAD_BYTES)
+
     able = {
         i
         for i, tensor in enumerate(content.tensors)
-        if tensor.nbytes >= wire.PAYLOAD_BYTES and content.stubs[i].name not in fixed
+        if worth_it(tensor) and content.stubs[i].name not in fixed
     }
     initializers = {
         int(tensor.external_data[1].value)

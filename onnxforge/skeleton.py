@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["SOURCE", "Skeleton", "Source", "left_out", "put_back", "set_external", "skeleton"]
+__all__ = [
+    "SOURCE",
+    "Skeleton",
+    "Source",
+    "left_out",
+    "put_back",
+    "set_external",
+    "skeleton",
+    "twin",
+]
 
 SOURCE = "onnxforge.source"
 """Key of ``ir.Model.meta`` under which a loaded model remembers what it was made from."""
@@ -97,6 +106,21 @@ def skeleton(model: ir.Model) -> Skeleton:
     if source.extras is not None:
         put_back(proto, source.extras)
     return Skeleton(proto, tensors, [stubs[i] for i in range(len(tensors))], location)
+
+
+def twin(model: ir.Model) -> ir.Model:
+    """A copy of the graph that shares the tensors; onnx_ir 1.1 clones sorted graphs only."""
+    content = skeleton(model)
+    copy = serde.deserialize_model(content.proto)
+
+    def shared(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == content.location:
+            return content.tensors[tensor.offset or 0]
+        return tensor
+
+    replace_tensors(copy, shared)
+    copy.meta.update(model.meta)
+    return copy
 
 
 def set_external(tensor: onnx.TensorProto, entries: Mapping[str, str]) -> None:

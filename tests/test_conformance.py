@@ -1,0 +1,165 @@
+"""Every pass, on every fixture, by default and with other options, held to every law."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxforge import laws, load, save
+from onnxforge.core import Effect, Pass, Result
+from onnxforge.errors import CheckFailed, Refused
+from onnxforge.registry import entries, parse
+from onnxforge.verify import interface, problem
+from onnxforge.weights import Weights
+from support import fixtures, oracle, payload
+
+# At its defaults, or with what it requires, and at least once with other options.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "assert-pure": ("assert-pure", "assert-pure{max_opset=18 imports=all functions=forbid}"),
+    "fp16w": ("fp16w", "fp16w{min_bytes=0 share=false}"),
+    "set-ir": ("set-ir{max=9}", "set-ir{max=8}"),
+}
+CASES = [
+    pytest.param(text, name, id=f"{text}-{name}")
+    for texts in VARIANTS.values()
+    for text in texts
+    for name in fixtures.names()
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own fixtures do not crash the runtime: spare a process for each run."""
+
+    def run(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return oracle.run(path, inputs)
+
+    monkeypatch.setattr(laws, "run", run)
+
+
+def one(text: str) -> Pass:
+    (step,) = parse(text)
+    return step
+
+
+def outcome(step: Pass, name: str) -> Result | None:
+    """What a pass makes of a fixture; None where it says no, which must change nothing."""
+    model = load(fixtures.built(name))
+    before = laws.digest(model)
+    try:
+        return step(model)
+    except (CheckFailed, Refused):
+        assert laws.digest(model) == before, "a pass that declines changes nothing"
+        return None
+
+
+def test_every_pass_has_its_variants() -> None:
+    built_in = {name for name, entry in entries().items() if entry.point is None}
+    assert set(VARIANTS) == built_in
+    assert all(len(set(texts)) > 1 for texts in VARIANTS.values())
+
+
+@pytest.mark.parametrize(("text", "name"), CASES)
+def test_flag_idempotence_and_the_law_of_its_effect(text: str, name: str) -> None:
+    step, model = one(text), load(fixtures.built(name))
+    samples = fixtures.samples(name)
+    if step.effect is Effect.STORAGE and not samples:
+        samples = [{}]
+    if outcome(step, name) is None:
+        return
+    runs = name in fixtures.names(runs=True)
+    for sample in samples[:1]:
+        witness = laws.Witness(step, model, sample)
+        result = step(model)
+        if runs or step.effect is not Effect.STORAGE:
+            witness.hold(result)
+
+
+@pytest.mark.parametrize(("text", "name"), CASES)
+def test_valid_in_valid_out_with_the_same_interface(text: str, name: str) -> None:
+    model = load(fixtures.built(name))
+    before, contract, imports = problem(model), interface(model), dict(model.opset_imports)
+    result = outcome(one(text), name)
+    if result is not None:
+        assert problem(result.model) == before
+        assert interface(result.model) == contract
+        assert dict(result.model.opset_imports) == imports
+
+
+@pytest.mark.parametrize(("text", "name"), CASES)
+def test_every_weight_is_treated_excluded_or_skipped(text: str, name: str) -> None:
+    step, result = one(text), outcome(one(text), name)
+    if result is None or step.effect not in (Effect.STORAGE, Effect.APPROX):
+        return
+    told = [(f.where, f.nbytes) for f in result.findings if f.fate is not None]
+    there = [(w.where, w.nbytes) for w in Weights(load(fixtures.built(name)))]
+    assert sorted(told) == sorted(there)
+    digests = payload.tensor_digests(fixtures.built(name))
+    assert len(told) == len(digests), "an independent walk finds as many"
+
+
+@pytest.mark.parametrize(("text", "name"), CASES)
+def test_what_is_written_can_be_read_and_runs(text: str, name: str, tmp_path: Path) -> None:
+    result = outcome(one(text), name)
+    if result is None:
+        return
+    save(result.model, tmp_path / "out.onnx")
+    again = load(tmp_path / "out.onnx")
+    assert laws.payloads(again) == laws.payloads(result.model)
+    if name in fixtures.names(clean=True):
+        onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
+    if name in fixtures.names(runs=True):
+        for sample in fixtures.samples(name):
+            outputs = oracle.run(tmp_path / "out.onnx", sample)
+            wanted = oracle.run(fixtures.built(name), sample)
+            assert {k: (v.shape, v.dtype) for k, v in outputs.items()} == {
+                k: (v.shape, v.dtype) for k, v in wanted.items()
+            }
+
+
+@pytest.mark.parametrize("text", [text for texts in VARIANTS.values() for text in texts])
+def test_the_text_of_a_pass_gives_the_pass(text: str) -> None:
+    step = one(text)
+    assert one(str(step)) == step
+    assert one(str(step.spec(full=True))) == step
+
+
+_WRITE_ALL = """
+import sys
+from pathlib import Path
+from onnxforge import PassManager
+from onnxforge.errors import OnnxforgeError
+folder = Path(sys.argv[1])
+for text, source in (line.split("|") for line in sys.argv[2:]):
+    target = folder / f"{text.partition('{')[0]}_{Path(source).name}"
+    try:
+        PassManager(text).run(source, target, force=True, workers=int(sys.argv[1][-1]))
+    except OnnxforgeError:
+        pass
+"""
+
+
+def test_the_same_bytes_in_any_process_with_any_number_of_threads(tmp_path: Path) -> None:
+    jobs = [
+        f"{texts[0]}|{fixtures.built(name)}"
+        for texts in VARIANTS.values()
+        for name in fixtures.names()
+    ]
+    files = []
+    for seed in ("1", "4"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", _WRITE_ALL, str(folder), *jobs],
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            check=True,
+        )
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert files[0]
+    assert files[0] == files[1]
