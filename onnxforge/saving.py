@@ -107,13 +107,15 @@ def save(
     try:
         publish(target, data_target, write_model, write_data)
     except OSError as error:
-        raise ModelError(f"{error.filename or target}: {error.strerror}") from error
+        raise ModelError(f"{target}: {error.strerror}") from error
     return Saved(sizes, "sidecar" if outside else "inline")
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
     """Raise ModelError if one of the paths is taken, or is a folder even with ``force``."""
     for path in paths:
+        if not path.parent.is_dir():
+            raise ModelError(f"{path.parent}: no such folder")
         if path.is_dir():
             raise ModelError(f"{path}: is a folder")
         if path.exists() and not force:
@@ -199,12 +201,13 @@ def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
 def _was_outside(tensor: ir.TensorProtocol) -> bool:
     while isinstance(tensor, DerivedTensor):
         tensor = tensor.source
-    return bool(isinstance(tensor, FileTensor) and tensor.external)
+    return isinstance(tensor, FileTensor) and bool(tensor.external)
 
 
 def _fits(content: Skeleton, outside: set[int]) -> bool:
     inside = sum(t.nbytes for i, t in enumerate(content.tensors) if i not in outside)
-    return content.proto.ByteSize() + inside + 16 * len(content.tensors) <= MAX_PROTO_BYTES
+    size: int = content.proto.ByteSize()
+    return size + inside + 16 * len(content.tensors) <= MAX_PROTO_BYTES
 
 
 def _constant_names(proto: onnx.ModelProto) -> set[str]:

@@ -34,6 +34,7 @@ PASSES_MAY_IMPORT = {
     "options",
     "runtime",
     "selection",
+    "skeleton",
     "walk",
     "weights",
 }
