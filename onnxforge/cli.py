@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import json
 import logging
@@ -95,6 +96,8 @@ def run(
     from onnxforge.report import report_as_text
 
     steps = parse(passes)
+    gc.freeze()
+    gc.enable()
     only_checks = all(step.effect.value == "check" for step in steps)
     jobs = _jobs(files, out_dir, writes=not (only_checks or dry_run))
     threads = _workers(workers, max_memory)
@@ -338,21 +341,28 @@ def _write_text(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check said no, 2 the run itself failed."""
+    # Collecting while modules load, and again at exit, takes a third of a short run.
+    gc.disable()
+    try:
+        sys.exit(_exit_code(arguments))
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # what matters, we say ourselves
     try:
         _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
     except click.exceptions.Abort:
-        sys.exit(_INTERRUPTED)
+        return _INTERRUPTED
     except click.ClickException as error:
         error.show()
-        sys.exit(_FAILED_RUN)
+        return _FAILED_RUN
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_FAILED_RUN)
-    except CheckFailed as error:
-        click.echo(f"onnxforge: {error}", err=True)
-        sys.exit(_FAILED_CHECK)
+        return _FAILED_RUN
     except OnnxforgeError as error:
         click.echo(f"onnxforge: {error}", err=True)
-        sys.exit(_FAILED_RUN)
-    sys.exit(0)
+        return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
+    return 0

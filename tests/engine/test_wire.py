@@ -232,8 +232,10 @@ def test_every_fixture_comes_back_byte_for_byte(name: str) -> None:
 
 def test_a_stub_says_which_payload_is_its_own() -> None:
     names = ["a", "b", "c"]
-    weights = [helper.make_tensor(n, 1, [256], bytes([65 + i]) * 1024, raw=True)
-               for i, n in enumerate(names)]  # fmt: skip
+    weights = [
+        helper.make_tensor(name, 1, [256], bytes([65 + i]) * 1024, raw=True)
+        for i, name in enumerate(names)
+    ]
     content = model_of(weights)
     skeleton, payloads = excised(content)
     for tensor in onnx.ModelProto.FromString(skeleton).graph.initializer:
@@ -294,8 +296,6 @@ def read(content: bytes) -> onnx.ModelProto | ModelError:
     try:
         model_io.read_skeleton(path)
     except ModelError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
         return error
     skeleton, payloads = excised(content)
     return onnx.ModelProto.FromString(spliced(skeleton, payloads, content))
@@ -312,14 +312,22 @@ def parsed(content: bytes) -> onnx.ModelProto | None:
 
 def assert_refused_or_right(content: bytes) -> None:
     result = read(content)
-    assert isinstance(result, ModelError) or result == parsed(content)
+    if isinstance(result, ModelError):
+        assert_one_line(result)
+    else:
+        assert result == parsed(content)
+
+
+def assert_one_line(error: ModelError) -> None:
+    assert str(error).startswith(f"{damaged_file()}: ")
+    assert "\n" not in str(error)
 
 
 @cache
 def small_file() -> bytes:
     large = helper.make_tensor("large", 1, [256], bytes(range(256)) * 4, raw=True)
     small = helper.make_tensor("small", 1, [2], [1.0, 2.0])
-    packed = helper.make_tensor("packed", 1, [300], [0.25] * 260)
+    packed = helper.make_tensor("packed", 1, [260], [0.25] * 260)
     body = helper.make_graph([], "body", [], [], [small])
     nodes = [helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)]
     graph = helper.make_graph(nodes, "g", [], [], [large, small, packed])
@@ -328,8 +336,10 @@ def small_file() -> bytes:
 
 def test_a_file_cut_anywhere_is_refused_or_is_a_shorter_message() -> None:
     whole = small_file()
+    inside = {at for p in excised(whole)[1] for at in range(p.offset + 1, p.offset + p.length)}
     for end in range(len(whole)):
-        assert_refused_or_right(whole[:end])
+        if end % 16 == 0 or end not in inside:
+            assert_refused_or_right(whole[:end])
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
@@ -372,17 +382,18 @@ def nested(levels: int) -> bytes:
         pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "not an ONNX", id="lfs"),
         pytest.param(zipped(), "not an ONNX model", id="zip"),
         pytest.param(b"\xff" * 4096, "damaged or cut", id="varint overflow in a tag"),
-        pytest.param(b"\x3a" + b"\xff" * 4096, "damaged or cut", id="varint overflow in a length"),
+        pytest.param(b"\x3a" + b"\xff" * 4096, "damaged or cut", id="overflow in a length"),
         pytest.param(b"\x3a" + b"\xff" * 9 + b"\x01", "damaged or cut", id="longest length"),
         pytest.param(number(1, 9), "it holds no graph", id="no graph"),
         pytest.param(b"\x00" * 2048, "damaged or cut", id="zeros"),
         pytest.param(nested(10_000), "not an ONNX model", id="nested 10,000 deep"),
         pytest.param(nested(40), "not an ONNX model", id="nested deeper than protobuf reads"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_model_is_refused_in_a_line(content: bytes, reason: str) -> None:
     result = read(content)
     assert isinstance(result, ModelError)
+    assert_one_line(result)
     assert reason in str(result)
 
 

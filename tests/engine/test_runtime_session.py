@@ -1,0 +1,143 @@
+"""Models run in a process of their own, and what goes wrong there is told in one line."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+
+from onnxforge.errors import OnnxforgeError
+from onnxforge.runtime.session import RuntimeFailed, run
+from support import fixtures, oracle
+
+NEG = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[N] x) => (float[N] y) { y = Neg(x) }"""
+X = {"x": np.array([1, -2], np.float32)}
+
+
+def saved(text: str, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(parser.parse_model(text).SerializeToString())
+    return path
+
+
+def pretend(body: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let child processes find another onnxruntime."""
+    package = folder / "instead" / "onnxruntime"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+
+
+@pytest.mark.parametrize("name", ["hiding_places", "external_two", "old_opset_11"])
+def test_a_child_process_gives_what_this_process_gives(name: str) -> None:
+    path, sample = fixtures.built(name), fixtures.samples(name)[0]
+    oracle.assert_bit_equal(run(path, sample), oracle.run(path, sample))
+
+
+def test_types_and_names_of_values_survive(tmp_path: Path) -> None:
+    proto = parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
+g (bool[N] flags, float16[N] half, int8[0,2] none, double scalar)
+  => (bool[N] o1, float16[N] o2, int8[0,2] o3, double o4) {
+  o1 = Not(flags)  o2 = Neg(half)  o3 = Identity(none)  o4 = Neg(scalar) }""")
+    renamed = {
+        "flags": "past/0/key:0",
+        "half": "x.npy",
+        "o1": "present/0/key:0",
+        "o2": "y.npy",
+    }
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(n, n) for n in node.input]
+        node.output[:] = [renamed.get(n, n) for n in node.output]
+    for info in (*proto.graph.input, *proto.graph.output):
+        info.name = renamed.get(info.name, info.name)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    inputs = {
+        "past/0/key:0": np.array([True, False]),
+        "x.npy": np.array([1, np.nan], np.float16),
+        "none": np.zeros((0, 2), np.int8),
+        "scalar": np.array(0.1),
+    }
+    oracle.assert_bit_equal(run(path, inputs), oracle.run(path, inputs))
+
+
+def test_outputs_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
+    path = saved(
+        """<ir_version: 9, opset_import: ["" : 18]>
+g (float[N] x) => (seq(float[N]) s, float[N] y) { s = SequenceConstruct(x, x) y = Neg(x) }""",
+        tmp_path,
+    )
+    assert [*run(path, X)] == ["y"]
+
+
+def test_a_crash_names_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(NEG, tmp_path)
+    body = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    pretend(body, tmp_path, monkeypatch)
+    with pytest.raises(RuntimeFailed, match=r"^onnxruntime died with SIGSEGV$"):
+        run(path, X)
+
+
+def test_an_error_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(NEG, tmp_path)
+    pretend("raise ImportError('first line\\nno libonnx.so')\n", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeFailed) as caught:
+        run(path, X)
+    assert str(caught.value) == "no libonnx.so"
+
+
+def test_an_end_without_a_word_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(NEG, tmp_path)
+    pretend("raise SystemExit(3)\n", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeFailed, match=r"^onnxruntime failed$"):
+        run(path, X)
+
+
+def test_a_missing_onnxruntime_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RuntimeFailed, match=r"pip install 'onnxforge\[ort\]'"):
+        run(saved(NEG, tmp_path), X)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "Required inputs"),
+        ({"x": np.array([[1.0]], np.float32)}, "Invalid rank"),
+        ({"x": np.array([1.0])}, "Unexpected input data type"),
+    ],
+)
+def test_inputs_that_do_not_fit_fail_in_one_line(
+    tmp_path: Path, inputs: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(RuntimeFailed, match=message) as caught:
+        run(saved(NEG, tmp_path), inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_no_runtime_knows_fails_in_one_line(tmp_path: Path) -> None:
+    proto = parser.parse_model(NEG.replace("Neg", "org.example.Odd"))
+    proto.opset_import.append(onnx.helper.make_opsetid("org.example", 1))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(RuntimeFailed, match="Odd") as caught:
+        run(path, X)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, OnnxforgeError)
+
+
+def test_nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(NEG, tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert run(path, X)["y"].tolist() == [-1, 2]
+    assert list(temporary.iterdir()) == []
