@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 BENCH ?=
+RUNTIMES ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -14,7 +15,7 @@ READY := .venv/.ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## make, check and compare the tiers of a small model
+demo: $(READY) ## turn a trained model into an fp16w tier and prove what changed
 	$(BIN)/python fixtures/demo.py
 
 test: $(READY) ## run the tests, ARGS='-k name' for some of them
@@ -48,8 +49,8 @@ bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for op
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
-runtimes: $(READY) ## ask the installed onnxruntime what it can load and run
-	$(BIN)/python benchmarks/runtimes.py
+runtimes: $(READY) ## try the fixtures on onnxruntime 1.17 to newest, RUNTIMES='...' for options
+	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
 
 clean: ## remove what make made
 	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .runtimes

@@ -111,10 +111,12 @@ def test_a_file_tensor_has_the_bytes_of_its_range(
 def test_elements_of_less_than_a_byte_are_packed(
     tmp_path: Path, dtype: ir.DataType, count: int
 ) -> None:
-    tensor = stored(tmp_path, dtype, count, offset=0)
-    assert tensor.size == count
-    assert tensor.nbytes == -(-count * dtype.bitwidth // 8)
-    assert tensor.tobytes() == NOISE[: tensor.nbytes]
+    bits = count * dtype.bitwidth
+    filled = int.from_bytes(NOISE[:8], "little") % 2**bits  # what is left of a byte is zero
+    content = filled.to_bytes(-(-bits // 8), "little")
+    tensor = stored(tmp_path, dtype, count, offset=0, content=content + b"more")
+    assert (tensor.size, tensor.nbytes) == (count, len(content))
+    assert tensor.tobytes() == content
     proto = onnx.TensorProto(data_type=dtype, dims=[count], raw_data=tensor.tobytes())
     expected = numpy_helper.to_array(proto)
     assert tensor.numpy().dtype == expected.dtype
