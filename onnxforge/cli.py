@@ -93,7 +93,6 @@ def run(
     """Run passes on IN and write OUT, or on many files with --out-dir."""
     from onnxforge.manager import PassManager
     from onnxforge.registry import parse
-    from onnxforge.report import report_as_text
 
     steps = parse(passes)
     gc.freeze()
@@ -118,9 +117,7 @@ def run(
             )
         runs.append(_record(source, target, done, time.perf_counter() - start))
         if style == "text":
-            click.echo(f"{source} -> {target}" if target else f"{source}")
-            click.echo(report_as_text(done, verbose=verbose))
-            click.echo(_cost(runs[-1]))
+            _print_summary(runs[-1], done, verbose=verbose)
     document = {"schema": 1, "version": importlib.metadata.version("onnxforge"), "runs": runs}
     text = json.dumps(document, indent=2)
     if style == "json":
@@ -141,10 +138,14 @@ def _record(source: Path, target: Path | None, done: Report, seconds: float) -> 
     }
 
 
-def _cost(record: dict[str, Any]) -> str:
-    memory = record["peak_memory"]
+def _print_summary(record: dict[str, Any], done: Report, *, verbose: bool) -> None:
+    from onnxforge.report import report_as_text
+
+    source, target, memory = record["source"], record["target"], record["peak_memory"]
+    click.echo(f"{source} -> {target}" if target else source)
+    click.echo(report_as_text(done, verbose=verbose))
     peak = f", peak memory {memory / 1e6:.0f} MB" if memory else ""
-    return f"  {record['seconds']:.2f} s{peak}"
+    click.echo(f"  {record['seconds']:.2f} s{peak}")
 
 
 @contextlib.contextmanager

@@ -141,8 +141,6 @@ def _write_model(
         whole = piece if isinstance(piece, bytes) else content.tensors[piece]
         parts.append(Part(at, whole))
         at += len(piece) if isinstance(piece, bytes) else inline[piece].length
-    if at > MAX_PROTO_BYTES:
-        raise ModelError(f"{to.parent}: the model needs {at} bytes, protobuf takes 2 GB")
     write_file(to, parts, at, workers=workers, progress=count)
     return at
 
@@ -173,7 +171,12 @@ class _DataFile:
 
 def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
     """The tensors that go into the sidecar, by number."""
-    if layout == "inline" or (layout == "keep" and not external and _fits(content, set())):
+    inside = _fits(content, set())
+    if layout == "inline" and not inside:
+        raise ModelError(
+            "the weights do not fit into one file of 2 GB: use the sidecar layout"
+        )
+    if layout == "inline" or (layout == "keep" and not external and inside):
         return set()
     fixed = _constant_names(content.proto)
     names = Counter(identity(tensor) for tensor in content.tensors)

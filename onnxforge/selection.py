@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onnxforge.core import Fate, Finding
@@ -49,7 +49,6 @@ class Selection:
     min_bytes: ByteSize = ByteSize(0)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    matched: set[str] = field(default_factory=set, compare=False)
 
     def split(self, weights: Weights) -> tuple[list[Weight], list[Finding]]:
         """The weights to treat, and for each of the others why not.
@@ -59,36 +58,42 @@ class Selection:
         """
         chosen: list[Weight] = []
         findings: list[Finding] = []
+        unmatched = {*self.include, *self.exclude}
         for weight in weights:
-            if reason := self._reason(weight):
+            matched = _matched(weight, (*self.include, *self.exclude))
+            unmatched -= matched
+            if reason := self._reason(weight, matched):
                 code, message = reason
                 fate = Fate.EXCLUDED if code == "OF202" else Fate.SKIPPED
                 findings.append(Finding(code, weight.where, message, weight.nbytes, fate))
             else:
                 chosen.append(weight)
-        for glob in (*self.include, *self.exclude):
-            if glob not in self.matched:
-                raise Refused(f"{glob!r} matches no weight and no node that reads one")
+        if unmatched:
+            raise Refused(f"{min(unmatched)!r} matches no weight and no node that reads one")
         return chosen, findings
 
-    def _reason(self, weight: Weight) -> tuple[str, str] | None:
-        included = not self.include or self._matches(weight, self.include)
-        excluded = self._matches(weight, self.exclude)
-        if excluded or not included:
-            return "OF202", "excluded by name" if excluded else "not included by name"
+    def _reason(self, weight: Weight, matched: set[str]) -> tuple[str, str] | None:
+        if not matched.isdisjoint(self.exclude):
+            return "OF202", "excluded by name"
+        if self.include and matched.isdisjoint(self.include):
+            return "OF202", "not included by name"
         if weight.dtype not in self.dtypes:
             return "OF204", f"is {weight.dtype.name.lower()}"
         if weight.nbytes < self.min_bytes:
             return "OF203", f"smaller than {self.min_bytes}"
         return _obstacle(weight)
 
-    def _matches(self, weight: Weight, globs: Sequence[str]) -> bool:
-        names = [weight.where, *(use.node.name or "" for use in weight.uses)]
-        names.append((weight.value.name if weight.value else None) or "")
-        names += [use.where for use in weight.uses]
-        hits = [g for g in globs if any(fnmatch.fnmatchcase(n, g) for n in names)]
-        self.matched.update(hits)
-        return bool(hits)
+
+def _matched(weight: Weight, globs: Sequence[str]) -> set[str]:
+    """The globs that match a weight or a node that reads it, by name or by path."""
+    if not globs:
+        return set()
+    names = [weight.where, weight.value.name if weight.value else None]
+    for use in weight.uses:
+        names += [use.where, use.node.name]
+    return {
+        glob for glob in globs if any(fnmatch.fnmatchcase(name or "", glob) for name in names)
+    }
 
 
 def _obstacle(weight: Weight) -> tuple[str, str] | None:

@@ -60,6 +60,8 @@ def scopes(model: ir.Model) -> Iterator[Scope]:
 def _inside(scope: Scope) -> Iterator[Scope]:
     yield scope
     for index, node in enumerate(scope.graph):
+        if not node.attributes:
+            continue
         for attribute in node.attributes.values():
             bodies: Iterable[ir.Graph] = ()
             if attribute.is_ref():
@@ -83,8 +85,9 @@ def replace_tensors(
                 value.const_value.name = value.name
                 value.const_value = replace(value.const_value)
         for node in scope.graph:
-            changed = [_replaced(a, replace) for a in node.attributes.values()]
-            node.attributes.update({a.name: a for a in changed if a is not None})
+            if node.attributes:
+                changed = [_replaced(a, replace) for a in node.attributes.values()]
+                node.attributes.update({a.name: a for a in changed if a is not None})
 
 
 def _replaced(

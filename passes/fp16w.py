@@ -70,21 +70,21 @@ class WeightsFp16CastPass(Pass):
             frozenset({ir.DataType.FLOAT}), self.min_bytes, self.include, self.exclude
         )
         chosen, findings = selection.split(weights)
+        scans = for_each(_scan, chosen)
+        for obstacle in (scan for scan in scans if isinstance(scan, Finding)):
+            if obstacle.code == "OF221" and self.on_overflow == "error":
+                raise Refused(f"{obstacle}; on_overflow=keep leaves it in float32")
         decoded: dict[str, ir.TensorProtocol] = {}
-        for weight, scan in zip(chosen, for_each(_scan, chosen), strict=True):
-            before = weight.nbytes
-            if (obstacle := scan.obstacle or _cannot_cast(weight)) is not None:
-                if obstacle.code == "OF221" and self.on_overflow == "error":
-                    raise Refused(f"{obstacle}; on_overflow=keep leaves it in float32")
-                findings.append(obstacle)
+        for weight, scan in zip(chosen, scans, strict=True):
+            if isinstance(scan, Finding):
+                findings.append(scan)
                 continue
-            stored = DerivedTensor(weight.tensor, ir.DataType.FLOAT16, scan.kernel)
-            decoded[weight.where] = DerivedTensor(stored, ir.DataType.FLOAT, _Widen())
+            where, size = weight.where, weight.nbytes
+            stored = DerivedTensor(weight.tensor, ir.DataType.FLOAT16, scan)
+            decoded[where] = DerivedTensor(stored, ir.DataType.FLOAT, _Widen())
             weight.store(stored)
             self._widen(weight, weights)
-            findings.append(
-                Finding("OF201", weight.where, "stored as float16", before, Fate.TREATED)
-            )
+            findings.append(Finding("OF201", where, "stored as float16", size, Fate.TREATED))
         return Result(model, bool(decoded), {}, tuple(findings), decoded)
 
     def _widen(self, weight: Weight, weights: Weights) -> None:
@@ -100,14 +100,6 @@ class WeightsFp16CastPass(Pass):
             users[0].scope.graph.insert_before(users[0].node, cast)
             for use in users:
                 use.node.replace_input_with(use.index, cast.outputs[0])
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What float16 would do to a weight: a reason against it, or the kernel."""
-
-    obstacle: Finding | None
-    kernel: _Narrow
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,10 @@ class _Widen:
         np.copyto(out, block)
 
 
-def _scan(weight: Weight) -> _Scan:
+def _scan(weight: Weight) -> _Narrow | Finding:
+    """The kernel that narrows a weight, or the reason why it has to stay."""
+    if (obstacle := _cannot_cast(weight)) is not None:
+        return obstacle
     nan = False
     is_tiny = weight.tensor.size <= _TINY
     for block in stream(weight.tensor):
@@ -149,12 +144,12 @@ def _scan(weight: Weight) -> _Scan:
         magnitude = np.abs(block[np.isfinite(block)])
         if magnitude.size and magnitude.max() >= _OVERFLOW:
             detail = f"holds {magnitude.max():g}"
-            return _Scan(_skipped(weight, "OF221", "overflows float16", detail), _Narrow())
+            return _skipped(weight, "OF221", "overflows float16", detail)
         lost = magnitude[(magnitude > 0) & (magnitude < _SMALLEST_NORMAL)]
         if is_tiny and lost.size:
             detail = f"holds {lost.min():g}"
-            return _Scan(_skipped(weight, "OF222", "too small for float16", detail), _Narrow())
-    return _Scan(None, _Narrow(nan))
+            return _skipped(weight, "OF222", "too small for float16", detail)
+    return _Narrow(nan)
 
 
 def _cannot_cast(weight: Weight) -> Finding | None:

@@ -22,7 +22,11 @@ from support import fixtures, oracle, payload
 # At its defaults, or with what it requires, and at least once with other options.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "assert-pure": ("assert-pure", "assert-pure{max_opset=18 imports=all functions=forbid}"),
-    "fp16w": ("fp16w", "fp16w{min_bytes=0 share=false}"),
+    "fp16w": (
+        "fp16w",
+        "fp16w{min_bytes=0 share=false}",
+        "fp16w{min_bytes=0 on_overflow=error}",
+    ),
     "set-ir": ("set-ir{max=9}", "set-ir{max=8}"),
 }
 CASES = [
