@@ -95,8 +95,9 @@ class WeightsFp16CastPass(Pass):
                 _cast_behind(use.node, weights)
             else:
                 direct.append(use)
+        assert weight.value is not None
         for users in _sharing(direct, share=self.share):
-            cast = _cast(weight, weights)
+            cast = _cast(weight.value, weights.unique(f"{weight.value.name}_fp16w"), weights)
             users[0].scope.graph.insert_before(users[0].node, cast)
             for use in users:
                 use.node.replace_input_with(use.index, cast.outputs[0])
@@ -168,26 +169,18 @@ def _skipped(weight: Weight, code: str, message: str, detail: str) -> Finding:
 def _sharing(uses: Iterable[Use], *, share: bool) -> list[list[Use]]:
     """Uses that read one Cast, in order of their nodes: those of a graph, or of a node."""
 
-    def graph(use: Use) -> int:
-        return id(use.scope.graph)
-
     groups: dict[int, list[Use]] = {}
     for use in uses:
-        groups.setdefault(graph(use) if share else id(use.node), []).append(use)
+        reader = use.scope.graph if share else use.node
+        groups.setdefault(id(reader), []).append(use)
     return list(groups.values())
-
-
-def _cast(weight: Weight, weights: Weights) -> ir.Node:
-    assert weight.value is not None
-    name = weights.unique(f"{weight.value.name}_fp16w")
-    return _cast_node(weight.value, name, weights, weight.value.shape)
 
 
 def _cast_behind(gather: ir.Node, weights: Weights) -> None:
     """Cast what a Gather reads from a float16 table; the Cast takes over the output's name."""
     wide = gather.outputs[0]
     name = wide.name or ""
-    cast = _cast_node(wide, name, weights, wide.shape)
+    cast = _cast(wide, name, weights)
     graph = gather.graph
     assert graph is not None
     graph.insert_after(gather, cast)
@@ -198,19 +191,12 @@ def _cast_behind(gather: ir.Node, weights: Weights) -> None:
     wide.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
-def _cast_node(
-    source: ir.Value, output: str, weights: Weights, shape: ir.Shape | None
-) -> ir.Node:
+def _cast(source: ir.Value, output: str, weights: Weights) -> ir.Node:
+    shape = None if source.shape is None else source.shape.copy()
     return ir.node(
         "Cast",
         [source],
         {"to": ir.DataType.FLOAT},
         name=weights.unique(f"{source.name}_fp16w_cast"),
-        outputs=[
-            ir.Value(
-                name=output,
-                type=ir.TensorType(ir.DataType.FLOAT),
-                shape=None if shape is None else shape.copy(),
-            )
-        ],
+        outputs=[ir.Value(name=output, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)],
     )
