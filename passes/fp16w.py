@@ -168,7 +168,6 @@ def _skipped(weight: Weight, code: str, message: str, detail: str) -> Finding:
 
 def _sharing(uses: Iterable[Use], *, share: bool) -> list[list[Use]]:
     """Uses that read one Cast, in order of their nodes: those of a graph, or of a node."""
-
     groups: dict[int, list[Use]] = {}
     for use in uses:
         reader = use.scope.graph if share else use.node

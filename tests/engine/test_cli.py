@@ -113,8 +113,10 @@ def test_a_model_is_written_and_a_summary_printed(forge: Command, folder: Path) 
 
 
 def test_the_command_runs_in_a_process_of_its_own(folder: Path) -> None:
-    done = child("run", "--passes", "fp16w", "external_two.onnx", "out.onnx", cwd=folder)
+    words = ("run", "--passes", "fp16w", "--format", "json", "external_two.onnx", "out.onnx")
+    done = child(*words, cwd=folder)
     assert (done.code, done.err) == (0, "")
+    assert done.document["runs"][0]["target"] == "out.onnx"
     runs_as_rounded("external_two", folder / "out.onnx", EXTERNAL_TWO)
 
 
@@ -399,6 +401,7 @@ def damaged(folder: Path) -> None:
 
 
 FP16W = ("run", "--passes", "fp16w")
+OVERFLOW = "fp16w{min_bytes=0 on_overflow=error}"
 WRONG = {
     "missing file": ([*FP16W, "none.onnx", "o.onnx"], ["none.onnx", "No such file"]),
     "folder": ([*FP16W, "results", "o.onnx"], ["results", "directory"]),
@@ -430,13 +433,7 @@ WRONG = {
         ["nameless.onnx", "'lm_head*' matches no weight"],
     ),
     "overflow": (
-        [
-            "run",
-            "--passes",
-            "fp16w{min_bytes=0 on_overflow=error}",
-            "odd_values.onnx",
-            "o.onnx",
-        ],
+        ["run", "--passes", OVERFLOW, "odd_values.onnx", "o.onnx"],
         ["odd_values.onnx", "overflows float16"],
     ),
     "memory": (
@@ -537,9 +534,7 @@ def test_a_wrong_pipeline_is_shown_with_a_caret(
 def test_a_failing_model_leaves_the_results_before_it(forge: Command, folder: Path) -> None:
     damaged(folder)
     files = ("nameless.onnx", "cut.onnx", "odd_values.onnx")
-    done = forge(
-        *FP16W, "--out-dir", "results", "nameless.onnx", "cut.onnx", "odd_values.onnx"
-    )
+    done = forge(*FP16W, "--out-dir", "results", *files)
     assert done.code == 2
     assert_one_line(done, "cut.onnx")
     assert [path.name for path in results(folder)] == ["nameless.onnx"]

@@ -106,6 +106,18 @@ def test_a_graphsurgeon_graph_comes_back_as_a_new_graph_and_is_not_changed() -> 
     oracle.assert_bit_equal(seen, expected("nameless", ["up_w", "down_w"]))
 
 
+def test_external_data_of_a_graphsurgeon_graph_is_found_in_base_dir() -> None:
+    folder = fixtures.built("external_two").parent
+    result, report = PassManager("fp16w").apply(
+        gs.import_onnx(proto_of("external_two")), folder
+    )
+    proto = gs.export_onnx(result)
+    assert [t.name for t in narrow_ones(proto)] == treated(report)
+    onnx.load_external_data_for_model(proto, str(folder))
+    seen = oracle.run(proto, fixtures.samples("external_two")[0])
+    oracle.assert_bit_equal(seen, expected("external_two", treated(report)))
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_path_comes_back_as_a_model_and_nothing_is_written(
     kind: Callable[[Path], Any], tmp_path: Path
