@@ -108,9 +108,8 @@ def test_a_graphsurgeon_graph_comes_back_as_a_new_graph_and_is_not_changed() -> 
 
 def test_external_data_of_a_graphsurgeon_graph_is_found_in_base_dir() -> None:
     folder = fixtures.built("external_two").parent
-    result, report = PassManager("fp16w").apply(
-        gs.import_onnx(proto_of("external_two")), folder
-    )
+    graph = gs.import_onnx(proto_of("external_two"))
+    result, report = PassManager("fp16w").apply(graph, folder)
     proto = gs.export_onnx(result)
     assert [t.name for t in narrow_ones(proto)] == treated(report)
     onnx.load_external_data_for_model(proto, str(folder))
