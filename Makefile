@@ -5,12 +5,13 @@ PYTHON ?= python3
 ARGS ?=
 BENCH ?=
 RUNTIMES ?=
+CLIENTS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types coverage bench runtimes clean
+.PHONY: help demo test check lint format types coverage bench runtimes clients clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +52,9 @@ bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for op
 
 runtimes: $(READY) ## try the fixtures on onnxruntime 1.17 to newest, RUNTIMES='...' for options
 	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
+clients: $(READY) ## try models in Chromium, node, Rust and Python, CLIENTS='...' for options
+	$(BIN)/python tests/clients/run.py $(CLIENTS)
 
 clean: ## remove what make made
 	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .runtimes

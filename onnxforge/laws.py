@@ -17,6 +17,7 @@ from onnxforge.numerics.samples import random_inputs
 from onnxforge.runtime.session import RuntimeFailed, run
 from onnxforge.saving import save
 from onnxforge.skeleton import skeleton, twin
+from onnxforge.walk import proto_tensors
 from onnxforge.weights import Weights
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
     return sorted(found)
 
 
+def _graph(model: ir.Model) -> bytes:
+    """The graph and the functions; weights stand for their type and shape."""
+    proto = skeleton(model).proto
+    for tensor in proto_tensors(proto):
+        for field in ("raw_data", "external_data", "data_location"):
+            tensor.ClearField(field)
+    parts = [proto.graph, *proto.functions]
+    return b"".join(part.SerializeToString(deterministic=True) for part in parts)
+
+
 class Witness:
     """Sees a model before a pass and holds the pass to its laws afterwards."""
 
@@ -67,6 +78,7 @@ class Witness:
         self._step = step
         self._inputs = inputs
         self._digest = digest(model)
+        self._graph = _graph(model) if step.effect is Effect.LAYOUT else b""
         self._payloads = payloads(model) if step.effect is Effect.LAYOUT else []
         self._parent = twin(model) if step.effect is Effect.STORAGE else None
 
@@ -81,8 +93,12 @@ class Witness:
         changed = digest(result.model) != self._digest
         if changed != result.modified:
             raise BrokenPass(f"{name} says modified={result.modified}, which is not so")
+        if self._step.effect is Effect.CHECK and changed:
+            raise BrokenPass(f"{name} is a check and changed the model")
         if self._step.effect is Effect.LAYOUT and payloads(result.model) != self._payloads:
             raise BrokenPass(f"{name} changed the bytes of a weight")
+        if self._step.effect is Effect.LAYOUT and _graph(result.model) != self._graph:
+            raise BrokenPass(f"{name} changed the graph")
         if self._parent is not None and changed:
             self._hold_storage(self._parent, result)
         if changed and self._step(result.model).modified:
@@ -99,7 +115,12 @@ class Witness:
             save(parent, expected_path)
             save(result.model, tier_path)
             inputs, expected = _run(parent, expected_path, self._inputs)
-            found = run(tier_path, inputs)
+            try:
+                found = run(tier_path, inputs)
+            except RuntimeFailed as error:
+                raise BrokenPass(
+                    f"{self._step.name} made a model that does not run: {error}"
+                ) from error
         for output, values in expected.items():
             if found[output].tobytes() != values.tobytes():
                 raise BrokenPass(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 from collections.abc import Callable
@@ -14,13 +13,14 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir import serde
 
+from onnxforge import remarks
 from onnxforge.errors import ModelError
 from onnxforge.fidelity import difference
 from onnxforge.lazy import DataFile, FileTensor
-from onnxforge.skeleton import SOURCE, Source, left_out, put_back, set_external, skeleton
+from onnxforge.skeleton import SOURCE, Source, set_external, skeleton
 from onnxforge.storage import wire
 from onnxforge.storage.locate import DataFolder, external_numbers
-from onnxforge.walk import proto_graphs, proto_tensors, replace_tensors
+from onnxforge.walk import proto_tensors, replace_tensors
 
 __all__ = ["MAX_PROTO_BYTES", "files", "from_proto", "load", "read_skeleton", "to_proto"]
 
@@ -155,8 +155,9 @@ def _deserialized(
         return stored
 
     replace_tensors(model, resolve)
-    named = {name for graph in proto_graphs(proto) for name in _described_initializers(graph)}
-    model.meta[SOURCE] = Source(frozenset(named), external, path)
+    if len(set(map(id, written.values()))) < len(entries):
+        raise ModelError("cannot be edited without loss: onnx_ir drops a tensor")
+    model.meta[SOURCE] = Source(external, path)
     if editable:
         _make_editable(proto, model, written)
     return model
@@ -166,15 +167,13 @@ def _make_editable(
     proto: onnx.ModelProto, model: ir.Model, written: dict[int, _Entries]
 ) -> None:
     """Find what onnx_ir lost of a proto: keep it to be put back, or refuse the model."""
-    again = skeleton(model)
+    again = skeleton(model, mend=False)
     for tensor, stub in zip(again.tensors, again.stubs, strict=True):
         if entries := written.get(id(tensor)):
             set_external(stub, entries)
-    if difference(proto, again.proto, stub=again.location) is None:
-        return
-    if extras := left_out(proto, again.proto):
-        model.meta[SOURCE] = dataclasses.replace(model.meta[SOURCE], extras=extras)
-        put_back(again.proto, extras)
+    if len(again.proto.functions) == len(proto.functions):
+        remarks.remember(model, proto, again.proto)
+        remarks.mend(model, again.proto)
     if loss := difference(proto, again.proto, stub=again.location):
         raise ModelError(f"cannot be edited without loss: {loss}")
 
@@ -190,10 +189,6 @@ def _external_entries(proto: onnx.ModelProto) -> dict[tuple[Any, ...], _Entries]
             numbers = external_numbers(entries, tensor.name)
             found[entries.get("location", ""), *numbers] = entries
     return found
-
-
-def _described_initializers(graph: onnx.GraphProto) -> set[str]:
-    return {t.name for t in graph.initializer} & {info.name for info in graph.value_info}
 
 
 def _root(error: BaseException) -> str:

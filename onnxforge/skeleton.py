@@ -10,24 +10,16 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import serde
 
+from onnxforge import remarks
 from onnxforge.lazy import DerivedTensor, FileTensor
 from onnxforge.storage.wire import PAYLOAD_BYTES
-from onnxforge.walk import proto_graphs, proto_tensors, replace_tensors
+from onnxforge.walk import proto_tensors, replace_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = [
-    "SOURCE",
-    "Skeleton",
-    "Source",
-    "left_out",
-    "put_back",
-    "set_external",
-    "skeleton",
-    "twin",
-]
+__all__ = ["SOURCE", "Skeleton", "Source", "set_external", "skeleton", "twin"]
 
 SOURCE = "onnxforge.source"
 """Key of ``ir.Model.meta`` under which a loaded model remembers what it was made from."""
@@ -38,16 +30,12 @@ class Source:
     """What a model was made from.
 
     Attributes:
-        value_info: Names of initializers that had an entry in value_info.
         external: Whether any weight lay in a data file.
-        extras: What onnx_ir has no room for; it is put back when the model is serialized.
         path: The file, None for a model that came as an object.
     """
 
-    value_info: frozenset[str] = frozenset()
     external: bool = False
     path: Path | None = None
-    extras: onnx.ModelProto | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +56,13 @@ class Skeleton:
     location: str
 
 
-def skeleton(model: ir.Model) -> Skeleton:
-    """Serialize a model without the payloads of its large tensors; reads no weight."""
+def skeleton(model: ir.Model, *, mend: bool = True) -> Skeleton:
+    """Serialize a model without the payloads of its large tensors; reads no weight.
+
+    Args:
+        model: The model, the same afterwards.
+        mend: Make good what onnx_ir drops and adds; false gives what it writes.
+    """
     location = secrets.token_hex(16)
     originals: dict[int, ir.TensorProtocol] = {}
     tensors: list[ir.TensorProtocol] = []
@@ -96,15 +89,13 @@ def skeleton(model: ir.Model) -> Skeleton:
         proto = serde.serialize_model(model)
     finally:
         replace_tensors(model, lambda tensor: originals.get(id(tensor), tensor))
-    stubs: dict[int, onnx.TensorProto] = {}
-    for tensor in proto_tensors(proto):
-        _drop_repeated_metadata(tensor)
-        if tensor.external_data and tensor.external_data[0].value == location:
-            stubs[int(tensor.external_data[1].value)] = tensor
-    source = model.meta.get(SOURCE, Source())
-    _drop_added_value_info(proto, source.value_info)
-    if source.extras is not None:
-        put_back(proto, source.extras)
+    if mend:
+        remarks.mend(model, proto)
+    stubs = {
+        int(tensor.external_data[1].value): tensor
+        for tensor in proto_tensors(proto)
+        if tensor.external_data and tensor.external_data[0].value == location
+    }
     return Skeleton(proto, tensors, [stubs[i] for i in range(len(tensors))], location)
 
 
@@ -119,7 +110,7 @@ def twin(model: ir.Model) -> ir.Model:
         return tensor
 
     replace_tensors(copy, shared)
-    copy.meta.update(model.meta)
+    remarks.copy(model, copy)
     return copy
 
 
@@ -139,42 +130,3 @@ def _is_large(tensor: ir.TensorProtocol) -> bool:
         return False
     # Values in other fields than raw_data keep their field; those are not worth a copy.
     return not isinstance(tensor, serde.TensorProtoTensor) or tensor.raw.HasField("raw_data")
-
-
-def _drop_repeated_metadata(tensor: onnx.TensorProto) -> None:
-    """onnx_ir 1.1 writes the metadata of an inline tensor twice."""
-    entries = {entry.key: entry.value for entry in tensor.metadata_props}
-    if len(entries) < len(tensor.metadata_props):
-        del tensor.metadata_props[len(entries) :]
-
-
-def _drop_added_value_info(model: onnx.ModelProto, keep: frozenset[str]) -> None:
-    """onnx_ir 1.1 adds value_info for every initializer."""
-    for graph in proto_graphs(model):
-        added = {tensor.name for tensor in graph.initializer} - keep
-        for i in reversed(range(len(graph.value_info))):
-            if graph.value_info[i].name in added:
-                del graph.value_info[i]
-
-
-def left_out(original: onnx.ModelProto, proto: onnx.ModelProto) -> onnx.ModelProto | None:
-    """What stands in ``original`` and not in ``proto`` and can be put back by its name.
-
-    That is the training graphs, and remarks on values that are not in the main graph.
-    """
-    extras = onnx.ModelProto()
-    extras.training_info.extend(original.training_info)
-    for field, key in (("value_info", "name"), ("quantization_annotation", "tensor_name")):
-        known = {getattr(entry, key) for entry in getattr(proto.graph, field)}
-        getattr(extras.graph, field).extend(
-            entry
-            for entry in getattr(original.graph, field)
-            if getattr(entry, key) not in known
-        )
-    return extras if extras.ByteSize() else None
-
-
-def put_back(proto: onnx.ModelProto, extras: onnx.ModelProto) -> None:
-    """Merge what `left_out` found into a proto."""
-    del proto.training_info[:]
-    proto.MergeFrom(extras)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,8 +86,17 @@ def replace_tensors(
                 value.const_value = replace(value.const_value)
         for node in scope.graph:
             if node.attributes:
-                changed = [_replaced(a, replace) for a in node.attributes.values()]
-                node.attributes.update({a.name: a for a in changed if a is not None})
+                _replace_in(node.attributes, replace)
+    for function in model.functions.values():
+        _replace_in(function.attributes, replace)
+
+
+def _replace_in(
+    attributes: MutableMapping[str, ir.Attr],
+    replace: Callable[[ir.TensorProtocol], ir.TensorProtocol],
+) -> None:
+    changed = [_replaced(a, replace) for a in attributes.values()]
+    attributes.update({a.name: a for a in changed if a is not None})
 
 
 def _replaced(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxforge import remarks
 from onnxforge.lazy import BLOCK_BYTES, blocks, reader
-from onnxforge.skeleton import SOURCE, Source
 from onnxforge.storage.writer import default_workers
 from onnxforge.walk import Scope, label, scopes
 
@@ -217,7 +217,7 @@ class Weights:
                 name = weight.value.name
                 weight.is_output = weight.value.is_graph_output() or name in outputs
                 self._by_value[weight.value] = weight
-        self._names = _names(self._scopes, model.meta.get(SOURCE, Source()))
+        self._names = _names(self._scopes)
 
     def __iter__(self) -> Iterator[Weight]:
         """All weights, outer graphs first."""
@@ -247,7 +247,7 @@ class Weights:
             if any(self.of(extra) is None for extra in node.inputs[1:] if extra is not None):
                 return None
             path.append(node)
-            value = node.inputs[0]
+            value = node.inputs[0] if node.inputs else None
         return None
 
     def unique(self, name: str) -> str:
@@ -280,6 +280,11 @@ def _weights_in(scope: Scope) -> Iterator[Weight]:
     for name, value in scope.graph.initializers.items():
         if value.const_value is not None:
             yield Weight(scope, value.const_value, value, None, scope.path + name)
+    if scope.function is not None and scope.parent is None:
+        for attribute in scope.function.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                where = f"{scope.path}.{attribute.name}"
+                yield Weight(scope, attribute.as_tensor(), None, None, where)
     for position, node in enumerate(scope.graph):
         for attribute in node.attributes.values():
             if not attribute.is_ref():
@@ -328,12 +333,11 @@ def _output_names(all_scopes: Iterable[Scope]) -> set[str]:
     }
 
 
-def _names(all_scopes: Iterable[Scope], source: Source) -> set[str]:
+def _names(all_scopes: Iterable[Scope]) -> set[str]:
     names: set[str] = set()
-    if source.extras is not None:
-        names.update(info.name for info in source.extras.graph.value_info)
     for scope in all_scopes:
         graph = scope.graph
+        names |= remarks.names(graph)
         values: list[ir.Value | None] = [
             *graph.inputs,
             *graph.outputs,

@@ -30,10 +30,19 @@ session = onnxruntime.InferenceSession(
     sys.argv[1], options, providers=["CPUExecutionProvider"]
 )
 with numpy.load(sys.argv[2]) as feeds:
-    outputs = session.run(None, dict(feeds))
-names = [output.name for output in session.get_outputs()]
-kept = {n: v for n, v in zip(names, outputs) if isinstance(v, numpy.ndarray)}
-numpy.savez(sys.argv[3], **kept)
+    names = feeds["names"].tolist()
+    values = {name: feeds[f"value{i}"] for i, name in enumerate(names)}
+outputs = zip(session.get_outputs(), session.run(None, values))
+kept = [
+    (output.name, value)
+    for output, value in outputs
+    if isinstance(value, numpy.ndarray) and value.dtype != object
+]
+numpy.savez(
+    sys.argv[3],
+    names=numpy.array([name for name, _ in kept], str),
+    **{f"value{i}": value for i, (_, value) in enumerate(kept)},
+)
 """
 
 
@@ -58,10 +67,10 @@ def run(model: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise RuntimeFailed("onnxruntime is missing: pip install 'onnxforge[ort]'")
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
         feeds, results = Path(folder) / "in.npz", Path(folder) / "out.npz"
-        arrays: dict[str, Any] = dict(inputs)
-        np.savez(feeds, **arrays)
+        arrays: dict[str, Any] = {f"value{i}": v for i, v in enumerate(inputs.values())}
+        np.savez(feeds, names=np.array(list(inputs), str), **arrays)
         done = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(model), str(feeds), str(results)],
+            [sys.executable, "-P", "-c", _CHILD, str(model), str(feeds), str(results)],
             capture_output=True,
             text=True,
             check=False,
@@ -73,4 +82,5 @@ def run(model: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise RuntimeFailed(lines[-1] if lines else "onnxruntime failed")
         with np.load(results) as outputs:
-            return dict(outputs)
+            names = outputs["names"].tolist()
+            return {name: outputs[f"value{i}"] for i, name in enumerate(names)}

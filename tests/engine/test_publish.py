@@ -451,6 +451,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that every weight has many, and is copied by the kernel."""
     for module in (lazy, writer):
         monkeypatch.setattr(module, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(writer, "_COPY_BYTES", 1000)
 
 
 def unchanged(folder: Path, layout: saving.Layout) -> Path:

@@ -205,6 +205,20 @@ def test_exactly_the_large_payloads_in_one_part_are_cut_out(
     onnx.ModelProto.FromString(skeleton)
 
 
+@pytest.mark.parametrize("of", [4, 9, 10])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_payload_is_cut_out_wherever_it_is(place: str, of: int) -> None:
+    values = bytes(range(256)) * (LARGE // 256)
+    copies, wrapped = PLACES[place]
+    inside = wrapped(number(2, 1) + block(of, values))
+    content = number(1, 9) + (inside if "function" in place else block(7, inside))
+    skeleton, payloads = excised(content)
+    assert [cut(content, payload) for payload in payloads] == [values] * copies
+    assert [payload.field for payload in payloads] == [of] * copies
+    assert values not in skeleton
+    assert spliced(skeleton, payloads, content) == content
+
+
 @given(files(), st.data())
 def test_payloads_that_are_not_given_stay_marked(
     drawn: tuple[bytes, list[bytes]], data: st.DataObject

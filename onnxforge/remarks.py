@@ -1,0 +1,112 @@
+"""What onnx_ir has no room for, kept beside its graphs and put back when they are written.
+
+onnx_ir 1.1 drops training graphs and remarks (value_info, quantization annotations) on names
+that a graph does not define; it adds value_info for every initializer and writes the
+metadata of inline tensors twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onnxforge.walk import proto_graphs, proto_tensors, scopes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx
+    import onnx_ir as ir
+
+__all__ = ["copy", "mend", "names", "remember"]
+
+_KEY = "onnxforge.remarks"
+_FIELDS = {"value_info": "name", "quantization_annotation": "tensor_name"}
+
+
+@dataclass(frozen=True)
+class _Remarks:
+    """What one graph or function had.
+
+    Attributes:
+        described: Initializers that had an entry in value_info.
+        extras: Entries that onnx_ir dropped, by field.
+    """
+
+    described: frozenset[str]
+    extras: dict[str, list[onnx.ValueInfoProto | onnx.TensorAnnotation]]
+
+
+def remember(model: ir.Model, original: onnx.ModelProto, written: onnx.ModelProto) -> None:
+    """Note at each graph what ``original`` says and onnx_ir did not write again.
+
+    Args:
+        model: What onnx_ir made of ``original``.
+        original: The model as it was.
+        written: The model as onnx_ir serializes it.
+    """
+    model.meta[_KEY] = list(original.training_info)
+    sides = zip(_messages(original), _messages(written), _graphs(model), strict=True)
+    for before, after, graph in sides:
+        described = {t.name for t in _initializers(before)} & {
+            v.name for v in before.value_info
+        }
+        extras = {}
+        for field, key in _fields(before):
+            known = {getattr(entry, key) for entry in getattr(after, field)}
+            entries = getattr(before, field)
+            extras[field] = [e for e in entries if getattr(e, key) not in known]
+        graph.meta[_KEY] = _Remarks(frozenset(described), extras)
+
+
+def mend(model: ir.Model, written: onnx.ModelProto) -> None:
+    """Make what onnx_ir serialized say what the model said, no more and no less."""
+    for tensor in proto_tensors(written):
+        entries = {entry.key for entry in tensor.metadata_props}
+        if len(entries) < len(tensor.metadata_props):
+            del tensor.metadata_props[len(entries) :]
+    written.training_info.extend(model.meta.get(_KEY, []))
+    for after, graph in zip(_messages(written), _graphs(model), strict=True):
+        remarks = graph.meta.get(_KEY, _Remarks(frozenset(), {}))
+        added = {tensor.name for tensor in _initializers(after)} - remarks.described
+        for i in reversed(range(len(after.value_info))):
+            if after.value_info[i].name in added:
+                del after.value_info[i]
+        for field, entries in remarks.extras.items():
+            getattr(after, field).extend(entries)
+
+
+def copy(source: ir.Model, target: ir.Model) -> None:
+    """Note the same at a copy of a model."""
+    target.meta.update(source.meta)
+    for ours, theirs in zip(_graphs(source), _graphs(target), strict=True):
+        theirs.meta.update(ours.meta)
+
+
+def names(graph: ir.Graph) -> set[str]:
+    """Names that a graph has remarks on and does not define."""
+    remarks = graph.meta.get(_KEY)
+    extras = [] if remarks is None else remarks.extras.get("value_info", [])
+    return {entry.name for entry in extras}
+
+
+def _messages(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    yield from proto_graphs(model)
+    yield from model.functions
+
+
+def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The graphs of a model in the order of `_messages`."""
+    for scope in scopes(model):
+        if scope.parent is not None or scope.function is None:
+            yield scope.graph
+    for function in model.functions.values():
+        yield function.graph
+
+
+def _fields(message: onnx.GraphProto | onnx.FunctionProto) -> list[tuple[str, str]]:
+    return [(field, key) for field, key in _FIELDS.items() if hasattr(message, field)]
+
+
+def _initializers(message: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.TensorProto]:
+    return list(getattr(message, "initializer", []))
