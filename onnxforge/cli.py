@@ -7,17 +7,19 @@ import gc
 import importlib.metadata
 import json
 import logging
-import os
+import math
 import shlex
 import sys
 import threading
 import time
+import traceback
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
+from onnxforge.errors import CheckFailed, ModelError, OnnxforgeError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -100,30 +102,51 @@ def run(
     only_checks = all(step.effect.value == "check" for step in steps)
     jobs = _jobs(files, out_dir, writes=not (only_checks or dry_run))
     threads = _workers(workers, max_memory)
-    runs = []
-    for source, target in jobs:
-        with _progress(source.name) as (observer, advance), _named(source, passes):
-            start = time.perf_counter()
-            manager = PassManager(
-                steps, observers=[observer], check_laws=check_laws, inputs=_inputs(inputs)
-            )
-            done = manager.run(
-                source,
-                None if dry_run else target,
-                layout=layout,
-                force=force,
-                workers=threads,
-                progress=advance,
-            )
-        runs.append(_record(source, target, done, time.perf_counter() - start))
-        if style == "text":
-            _print_summary(runs[-1], done, verbose=verbose)
-    document = {"schema": 1, "version": importlib.metadata.version("onnxforge"), "runs": runs}
-    text = json.dumps(document, indent=2)
-    if style == "json":
-        click.echo(text)
     if report is not None:
-        _write_text(report, text + "\n")
+        _refuse_report(report, {path for job in jobs for path in job if path}, force=force)
+    runs: list[dict[str, Any]] = []
+    with _documented(runs, style, report):
+        for source, target in jobs:
+            start = time.perf_counter()
+            with _progress(source.name) as (observer, advance), _named(source, passes, runs):
+                manager = PassManager(
+                    steps, observers=[observer], check_laws=check_laws, inputs=_inputs(inputs)
+                )
+                done = manager.run(
+                    source,
+                    None if dry_run else target,
+                    layout=layout,
+                    force=force,
+                    workers=threads,
+                    progress=advance,
+                )
+            runs.append(_record(source, target, done, time.perf_counter() - start))
+            if style == "text":
+                _print_summary(runs[-1], done, verbose=verbose)
+
+
+@contextlib.contextmanager
+def _documented(runs: list[dict[str, Any]], style: str, report: Path | None) -> Iterator[None]:
+    """Give out the runs as JSON at the end, also when a check said no."""
+    try:
+        yield
+    finally:
+        version = importlib.metadata.version("onnxforge")
+        text = json.dumps({"schema": 1, "version": version, "runs": runs}, indent=2)
+        if style == "json":
+            click.echo(text)
+        if report is not None:
+            _write_text(report, text + "\n")
+
+
+def _refuse_report(report: Path, models: set[Path], *, force: bool) -> None:
+    """Refuse a place for the report that would cost a model or cannot be written."""
+    from onnxforge.saving import data_path, refuse_to_overwrite
+
+    taken = {path.absolute() for model in models for path in (model, data_path(model))}
+    if report.absolute() in taken:
+        raise OnnxforgeError(f"--report {report}: is the place of a model")
+    refuse_to_overwrite([report.absolute()], force=force)
 
 
 def _record(source: Path, target: Path | None, done: Report, seconds: float) -> dict[str, Any]:
@@ -149,12 +172,18 @@ def _print_summary(record: dict[str, Any], done: Report, *, verbose: bool) -> No
 
 
 @contextlib.contextmanager
-def _named(source: Path, passes: str) -> Iterator[None]:
+def _named(source: Path, passes: str, runs: list[dict[str, Any]]) -> Iterator[None]:
     """Give errors the name of the file; what is no error of ours, a command to repeat it."""
     try:
         yield
     except OnnxforgeError as error:
-        if str(source) not in str(error):
+        if isinstance(error, CheckFailed) and error.report is not None:
+            runs.append(_record(source, None, error.report, 0.0))
+        # Errors about files name them already, by their whole path.
+        named = isinstance(error, ModelError) and str(error).startswith(
+            source.absolute().anchor
+        )
+        if not named:
             error.args = (f"{source}: {error.args[0]}", *error.args[1:])
         raise
     except Exception as error:
@@ -187,9 +216,9 @@ def _inputs(path: Path | None) -> dict[str, Any] | None:
     import numpy as np
 
     try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file, zipfile.ZipFile(file):
+            return dict(np.load(path))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise OnnxforgeError(f"{path}: no .npz of inputs ({error})") from None
 
 
@@ -207,19 +236,23 @@ def _workers(workers: int | None, max_memory: str | None) -> int | None:
     used = _peak_memory() or 0
     able = (limit - used) // _WORKER_BYTES
     if able < 1:
-        needed = f"{(used + _WORKER_BYTES) / 1e6:.0f}MB"
+        needed = f"{math.ceil((used + _WORKER_BYTES) / 1e6)}MB"
         raise OnnxforgeError(f"--max-memory {max_memory} is too little; {needed} is the least")
     return min(workers or default_workers(), able)
 
 
 def _peak_memory() -> int | None:
     """Most memory this process had so far, in bytes; None where the system does not tell."""
+    status = Path("/proc/self/status")  # unlike getrusage, it forgets the parent at exec
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
+        return int(peak.split()[1]) * 1024
     try:
         import resource
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak_size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_size if sys.platform == "darwin" else peak_size * 1024
 
 
 class _Phases:
@@ -360,10 +393,12 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return _FAILED_RUN
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # click's answer to a closed pipe: the reader has seen enough
         return _FAILED_RUN
     except OnnxforgeError as error:
         click.echo(f"onnxforge: {error}", err=True)
         return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
+    except Exception:
+        traceback.print_exc()
+        return _FAILED_RUN
     return 0

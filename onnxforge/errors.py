@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from onnxforge.core import Finding
+    from onnxforge.manager import Report
 
 __all__ = [
     "BrokenPass",
@@ -61,7 +62,10 @@ class CheckFailed(OnnxforgeError):
 
     Attributes:
         findings: What it found, one entry for each offence.
+        report: The whole run up to here, when a PassManager ran the check.
     """
+
+    report: Report | None = None
 
     def __init__(self, message: str, findings: Sequence[Finding]) -> None:
         """Keep the findings beside the summary."""

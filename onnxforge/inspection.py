@@ -87,9 +87,10 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     model = model_io.load(path, editable=False)
     ops = Counter(_operator(node) for scope in scopes(model) for node in scope.graph)
     opsets = {domain or "ai.onnx": version for domain, version in model.opset_imports.items()}
-    for function in model.functions.values():
-        for domain, version in function.opset_imports.items():
-            opsets[f"{function.domain}::{function.name}/{domain or 'ai.onnx'}"] = version
+    for scope in scopes(model):
+        if scope.function is not None and scope.parent is None:
+            for domain, version in scope.opset_imports.items():
+                opsets[scope.path + (domain or "ai.onnx")] = version
     return Inspection(
         ir_version=model.ir_version,
         opsets=opsets,
@@ -122,10 +123,10 @@ def _groups(weights: Weights) -> list[WeightGroup]:
 
 
 def _place(weight: Weight) -> str:
-    if weight.node is None:
-        kind = "initializer"
+    if weight.value is None:
+        kind = "attribute"
     else:
-        kind = "attribute" if weight.value is None else "Constant node"
+        kind = "initializer" if weight.node is None else "Constant node"
     scope = weight.scope
     outer = "function" if scope.function else "body" if scope.parent else "main graph"
     return f"{kind}, {outer}"

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxforge import laws, model_io
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
-from onnxforge.errors import BrokenPass
+from onnxforge.errors import BrokenPass, CheckFailed
 from onnxforge.registry import parse
 from onnxforge.saving import Layout, Progress, refuse_to_overwrite, save
 from onnxforge.verify import interface, problem
@@ -223,19 +223,14 @@ class PassManager:
             except Exception as error:
                 for observer in self.observers:
                     observer.failed(step, error)
+                if isinstance(error, CheckFailed):
+                    no = Result(model, modified=False, findings=error.findings)
+                    report.passes.append(_told(step, no, 0.0))
+                    error.report = report
                 raise
             for observer in self.observers:
                 observer.after(step, result)
-            report.passes.append(
-                PassReport(
-                    str(step.spec(full=True)),
-                    step.effect.value,
-                    result.modified,
-                    seconds,
-                    dict(result.stats),
-                    result.findings,
-                )
-            )
+            report.passes.append(_told(step, result, seconds))
         _stamp(model, report)
         return report
 
@@ -253,6 +248,12 @@ class PassManager:
         if law is not None:
             law.hold(result)
         return result, time.perf_counter() - start
+
+
+def _told(step: Pass, result: Result, seconds: float) -> PassReport:
+    text, effect = str(step.spec(full=True)), step.effect.value
+    stats, findings = dict(result.stats), result.findings
+    return PassReport(text, effect, result.modified, seconds, stats, findings)
 
 
 def _stamp(model: ir.Model, report: Report) -> None:

@@ -133,7 +133,8 @@ class Weight:
         scope: The graph that holds it.
         tensor: Its values, perhaps still on disk.
         value: What its users read; None for a tensor in an attribute of another node.
-        node: The Constant node, or the node whose attribute it is; None for an initializer.
+        node: The Constant node, or the node whose attribute it is; None for an initializer
+            and for the default of a function's attribute.
         where: Its path.
         uses: Who reads it, in order of the graphs.
         is_output: Whether it is an output of its graph or of a body inside it.

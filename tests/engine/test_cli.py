@@ -779,3 +779,81 @@ def test_paths_that_are_no_utf8_are_taken(folder: Path) -> None:
     done = child("run", "--passes", "fp16w", name, "o.onnx", cwd=folder)
     assert (done.code, done.err) == (0, "")
     runs_as_rounded("nameless", folder / "o.onnx", ["up_w", "down_w"])
+
+
+@pytest.mark.parametrize("kind", ["npy", "empty", "cut"])
+def test_inputs_that_are_no_npz_are_one_line(forge, folder: Path, kind: str) -> None:
+    with Path("i.npz").open("wb") as file:
+        np.savez(file, x=np.ones((2, 16), np.float32))
+    whole = Path("i.npz").read_bytes()
+    if kind == "npy":
+        with Path("i.npz").open("wb") as file:
+            np.save(file, np.ones(3))
+    else:
+        Path("i.npz").write_bytes(b"" if kind == "empty" else whole[: len(whole) // 2])
+    done = forge(*FP16W, "--inputs", "i.npz", "nameless.onnx", "--dry-run")
+    assert done.code == 2
+    assert_one_line(done, "i.npz", "no .npz of inputs")
+
+
+@pytest.mark.parametrize("report", ["nameless.onnx", "o.onnx", "hiding_places.onnx"])
+def test_a_report_overwrites_no_model(forge, folder: Path, report: str) -> None:
+    before = content(folder)
+    done = forge(*FP16W, "nameless.onnx", "o.onnx", "--report", report)
+    assert done.code == 2
+    assert content(folder) == before
+
+
+def test_nothing_is_written_when_the_report_cannot_be(forge, folder: Path) -> None:
+    before = content(folder)
+    assert forge(*FP16W, "nameless.onnx", "o.onnx", "--report", "no/r.json").code == 2
+    assert content(folder) == before
+
+
+def test_a_short_file_name_is_in_the_message(forge, folder: Path) -> None:
+    Path("nameless.onnx").rename("m")
+    done = forge("run", "--passes", "fp16w{include=zz*}", "m", "o")
+    assert done.err.startswith("onnxforge: m: ")
+
+
+def test_a_closed_pipe_is_no_failed_check(folder: Path) -> None:
+    command = f'"{sys.executable}" -c "from onnxforge.cli import main; main()" list'
+    code = f"{command} | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", code], check=False).returncode != 1
+
+
+def test_a_bug_is_no_failed_check(folder: Path) -> None:
+    code = (
+        "from onnxforge.passes.fp16w import WeightsFp16CastPass as P\n"
+        "def call(self, model): raise ZeroDivisionError('unforeseen')\n"
+        "P.call = call\nfrom onnxforge.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *FP16W, "nameless.onnx", "o.onnx"],
+        capture_output=True,
+        cwd=folder,
+        check=False,
+    )
+    assert done.returncode == 2
+
+
+def test_memory_of_the_parent_process_does_not_count(folder: Path) -> None:
+    ballast = np.ones(400_000_000, np.uint8)
+    done = child(*FP16W, "nameless.onnx", "--dry-run", "--format", "json", cwd=folder)
+    assert done.document["runs"][0]["peak_memory"] < ballast.nbytes
+
+
+def test_overloads_keep_their_own_opsets_in_inspect(forge, tmp_path) -> None:
+    proto = onnx.load(fixtures.built("really_new_ir"))
+    proto.functions[1].opset_import[0].version = 19
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    opsets = forge("inspect", path, "--format", "json").document["opsets"]
+    assert sorted(opsets.values()) == [1, 19, 20, 20]
+
+
+def test_a_failed_check_prints_its_findings_as_json(forge, folder) -> None:
+    source = fixtures.copied("foreign", folder)
+    done = forge("run", "--passes", "assert-pure", "--format", "json", source)
+    assert done.code == 1
+    assert [f["code"] for f in done.document["runs"][0]["passes"][0]["findings"]]

@@ -436,3 +436,26 @@ def test_the_law_runs_on_the_inputs_it_is_given() -> None:
 def test_the_law_is_refused_where_no_inputs_can_be_drawn() -> None:
     with pytest.raises(Refused, match="'s'"):
         hold_storage(model_of_width("N", 3, kind="string"))
+
+
+def test_a_check_must_not_change_the_model() -> None:
+    with pytest.raises(BrokenPass):
+        hold(Effect.CHECK, lambda m: Result(m, modified=describe(m)))
+
+
+@pytest.mark.parametrize("edit", [rename_node, rename_value, add_attribute])
+def test_a_layout_pass_must_not_change_the_graph(edit) -> None:
+    with pytest.raises(BrokenPass):
+        hold(Effect.LAYOUT, lambda m: Result(m, modified=edit(m)))
+
+
+def test_a_tier_that_does_not_run_is_a_broken_pass() -> None:
+    def forget(m: ir.Model) -> Result:
+        result = narrow(m)
+        if result.modified:
+            user = next(n for n in m.graph if n.outputs[0].name == "e")
+            user.replace_input_with(1, weight(m, "tied_w").value)
+        return result
+
+    with pytest.raises(BrokenPass):
+        hold(Effect.STORAGE, forget, "external_two")

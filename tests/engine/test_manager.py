@@ -637,3 +637,10 @@ def test_a_pass_is_frozen_and_equal_to_one_with_the_same_options() -> None:
     assert WeightsFp16CastPass() != WeightsFp16CastPass(share=False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         WeightsFp16CastPass().share = False  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["hiding_places", "merged_decoder"])
+def test_a_graphsurgeon_graph_with_bodies_is_taken(name: str) -> None:
+    graph = gs.import_onnx(onnx.load(fixtures.built(name)))
+    oracle.run(gs.export_onnx(graph), fixtures.samples(name)[0])
+    PassManager("fp16w").apply(graph)

@@ -141,3 +141,27 @@ def test_nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     assert run(path, X)["y"].tolist() == [-1, 2]
     assert list(temporary.iterdir()) == []
+
+
+HEAD = '<ir_version: 9, opset_import: ["" : 18]> g '
+
+
+@pytest.mark.parametrize(("x", "y"), [("file", "y"), ("x", "file"), ("allow_pickle", "y")])
+def test_a_value_may_have_any_name(tmp_path: Path, x: str, y: str) -> None:
+    path = saved(f"{HEAD}(float[N] {x}) => (float[N] {y}) {{ {y} = Neg({x}) }}", tmp_path)
+    assert run(path, {x: np.ones(2, np.float32)})[y].tolist() == [-1, -1]
+
+
+def test_strings_are_left_out(tmp_path: Path) -> None:
+    body = "(float[N] x) => (string[N] s, float[N] y) { s = Cast <to=8> (x) y = Neg(x) }"
+    path = saved(HEAD + body, tmp_path)
+    assert run(path, {"x": np.ones(2, np.float32)})["y"].tolist() == [-1, -1]
+
+
+def test_modules_in_the_working_folder_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(f"{HEAD}(float[N] x) => (float[N] y) {{ y = Neg(x) }}", tmp_path)
+    (tmp_path / "onnxruntime.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(path, {"x": np.ones(2, np.float32)})["y"].tolist() == [-1, -1]

@@ -3,20 +3,21 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import parser
+from onnx import helper, numpy_helper, parser
 
-from onnxforge import model_io
+from onnxforge import PassManager, model_io
 from onnxforge.core import Fate
 from onnxforge.errors import Refused
 from onnxforge.options import ByteSize
 from onnxforge.selection import CODES, Selection
 from onnxforge.weights import Weight, Weights, for_each, needs_constant, stream
-from support import fixtures, payload
+from support import fixtures, oracle, payload
 
 FLOAT = frozenset({ir.DataType.FLOAT})
 FORMS = ("value", "value_float", "value_floats", "value_int", "value_ints")
@@ -584,3 +585,51 @@ def test_a_glob_that_matches_only_what_cannot_be_treated_is_no_error() -> None:
     chosen, findings = Selection(FLOAT, include=("matrix",)).split(weights_of("hiding_places"))
     assert chosen == []
     assert Counter(f.code for f in findings) == {"OF202": 36, "OF204": 1}
+
+
+def test_nothing_is_behind_a_node_without_inputs() -> None:
+    made = model("v = Identity() y = Mul(x, v)", STOCK)
+    assert Weights(made).behind(value(made, "v")) is None
+
+
+def with_a_default() -> onnx.ModelProto:
+    """A function whose attribute has a weight as its default."""
+    default = numpy_helper.from_array(np.full((16, 24), 0.1, np.float32), "t")
+    constant = helper.make_node("Constant", [], ["c"], "c")
+    constant.attribute.append(onnx.AttributeProto(name="value", ref_attr_name="w", type=4))
+    function = helper.make_function(
+        "local",
+        "f",
+        ["u"],
+        ["v"],
+        [constant, helper.make_node("MatMul", ["u", "c"], ["v"], "mm")],
+        [helper.make_opsetid("", 18)],
+        attribute_protos=[helper.make_attribute("w", default)],
+    )
+    infos = [helper.make_tensor_value_info(n, 1, ["N", w]) for n, w in (("x", 16), ("y", 8))]
+    nodes = [
+        helper.make_node("f", ["x"], ["a"], "call", domain="local"),
+        helper.make_node("MatMul", ["a", "m"], ["y"], "mm"),
+    ]
+    more = numpy_helper.from_array(np.full((24, 8), 0.3, np.float32), "m")
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], [more])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=9)
+
+
+@pytest.mark.parametrize("layout", ["inline", "sidecar"])
+def test_the_default_of_a_function_attribute_is_not_lost(tmp_path: Path, layout) -> None:
+    proto = with_a_default()
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    source.write_bytes(proto.SerializeToString())
+    PassManager("fp16w{min_bytes=0}").run(source, target, layout=layout)
+    inputs = {"x": np.ones((2, 16), np.float32)}
+    oracle.assert_bit_equal(
+        oracle.run(target, inputs), oracle.run(oracle.round_weights_fp16(proto, ["m"]), inputs)
+    )
+
+
+def test_the_default_of_a_function_attribute_is_a_weight(tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    source.write_bytes(with_a_default().SerializeToString())
+    assert len(Weights(model_io.load(source))) == 2
