@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxforge.errors import CheckFailed, ModelError, OnnxforgeError, SpecError
+from onnxforge.memory import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -157,7 +158,7 @@ def _record(source: Path, target: Path | None, done: Report, seconds: float) -> 
         "target": None if target is None else str(target),
         **report_as_dict(done),
         "seconds": round(seconds, 3),
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(),
     }
 
 
@@ -174,11 +175,13 @@ def _print_summary(record: dict[str, Any], done: Report, *, verbose: bool) -> No
 @contextlib.contextmanager
 def _named(source: Path, passes: str, runs: list[dict[str, Any]]) -> Iterator[None]:
     """Give errors the name of the file; what is no error of ours, a command to repeat it."""
+    from onnxforge.manager import Report
+
     try:
         yield
     except OnnxforgeError as error:
-        if isinstance(error, CheckFailed) and error.report is not None:
-            runs.append(_record(source, None, error.report, 0.0))
+        told = error.report if isinstance(error, CheckFailed) else None
+        runs.append(_record(source, None, told or Report(), 0.0) | {"error": error.args[0]})
         # Errors about files name them already, by their whole path.
         named = isinstance(error, ModelError) and str(error).startswith(
             source.absolute().anchor
@@ -233,26 +236,12 @@ def _workers(workers: int | None, max_memory: str | None) -> int | None:
         limit = ByteSize(max_memory)
     except ValueError as error:
         raise click.UsageError(f"--max-memory: {error}") from None
-    used = _peak_memory() or 0
+    used = peak_memory() or 0
     able = (limit - used) // _WORKER_BYTES
     if able < 1:
         needed = f"{math.ceil((used + _WORKER_BYTES) / 1e6)}MB"
         raise OnnxforgeError(f"--max-memory {max_memory} is too little; {needed} is the least")
     return min(workers or default_workers(), able)
-
-
-def _peak_memory() -> int | None:
-    """Most memory this process had so far, in bytes; None where the system does not tell."""
-    status = Path("/proc/self/status")  # unlike getrusage, it forgets the parent at exec
-    if status.exists():
-        peak = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
-        return int(peak.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak_size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_size if sys.platform == "darwin" else peak_size * 1024
 
 
 class _Phases:
@@ -398,7 +387,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except OnnxforgeError as error:
         click.echo(f"onnxforge: {error}", err=True)
         return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
-    except Exception:
+    except Exception as bug:  # exit 1 would mean that a check said no
         traceback.print_exc()
-        return _FAILED_RUN
+        raise SystemExit(_FAILED_RUN) from bug
     return 0

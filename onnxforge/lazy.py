@@ -137,10 +137,13 @@ class _LazyTensor(ir.TensorProtocol):
     def tobytes(self) -> bytes:
         """All bytes, computed now."""
         out = np.empty(self.nbytes, np.uint8)
+        self._fill(out)
+        return out.tobytes()
+
+    def _fill(self, out: Bytes) -> None:
         read = self.open_reader()
         for start, stop in blocks(self):
             read(start, out[start:stop])
-        return out.tobytes()
 
     def tofile(self, file: Any) -> None:
         """Write all bytes to a file object, block by block."""
@@ -153,18 +156,21 @@ class _LazyTensor(ir.TensorProtocol):
 
     def numpy(self) -> np.ndarray:
         """All values, computed now."""
-        content = np.frombuffer(self.tobytes(), np.uint8)
+        content = np.empty(self.nbytes, np.uint8)
+        self._fill(content)
         if self.dtype.bitwidth < 8:
             return ir.PackedTensor(content, self.dtype, shape=self.shape.numpy()).numpy()
         return content.view(self.dtype.numpy()).reshape(self.shape.numpy())
 
-    def __array__(self, dtype: Any = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All values, for numpy."""
-        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+        if copy is False:
+            raise ValueError("the values of a lazy tensor are computed, that is a copy")
+        return self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
 
-    def __dlpack__(self, *, stream: Any = None) -> Any:
+    def __dlpack__(self, **options: Any) -> Any:
         """All values, for array libraries."""
-        return self.numpy().__dlpack__(stream=stream)
+        return self.numpy().__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """The processor."""
@@ -216,6 +222,8 @@ class DerivedTensor(_LazyTensor):
 
     def __init__(self, source: ir.TensorProtocol, dtype: ir.DataType, kernel: Kernel) -> None:
         """Derive a tensor of the same shape, name and metadata with elements of ``dtype``."""
+        if min(dtype.bitwidth, source.dtype.bitwidth) < 8:
+            raise TypeError(f"{dtype} from {source.dtype}: packed elements cannot be derived")
         super().__init__(dtype, source)
         self.source = source
         self.kernel = kernel

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -17,9 +18,9 @@ from onnxforge import remarks
 from onnxforge.errors import ModelError
 from onnxforge.fidelity import difference
 from onnxforge.lazy import DataFile, FileTensor
-from onnxforge.skeleton import SOURCE, Source, set_external, skeleton
+from onnxforge.skeleton import SOURCE, Source, root_cause, set_external, skeleton
 from onnxforge.storage import wire
-from onnxforge.storage.locate import DataFolder, external_numbers
+from onnxforge.storage.locate import DataFolder, external_numbers, refuse_unsized
 from onnxforge.walk import proto_tensors, replace_tensors
 
 __all__ = ["MAX_PROTO_BYTES", "files", "from_proto", "load", "read_skeleton", "to_proto"]
@@ -91,9 +92,14 @@ def _build(
     model_file = DataFile(file)
 
     def on_disk(entries: _Entries, tensor: ir.TensorProtocol) -> FileTensor:
-        if entries["location"] != location:
+        if entries.get("location") != location:
             return folder.tensor(entries, tensor)
+        refuse_unsized(tensor)
         payload = payloads[int(entries["offset"])]
+        if tensor.dtype not in _FIELD_TYPES.get(payload.field, (tensor.dtype,)):
+            raise ModelError(
+                f"tensor {tensor.name!r}: its values stand in a field of another type"
+            )
         if payload.length != tensor.nbytes:
             raise ModelError(
                 f"tensor {tensor.name!r}: holds {payload.length} bytes, but its shape needs"
@@ -130,6 +136,12 @@ def from_proto(
 
 
 _Entries = dict[str, str]
+
+# Types whose values stand in float_data and in double_data.
+_FIELD_TYPES = {
+    4: (ir.DataType.FLOAT, ir.DataType.COMPLEX64),
+    10: (ir.DataType.DOUBLE, ir.DataType.COMPLEX128),
+}
 _OnDisk = Callable[[_Entries, ir.TensorProtocol], FileTensor]
 
 
@@ -137,10 +149,15 @@ def _deserialized(
     proto: onnx.ModelProto, on_disk: _OnDisk, path: Path | None, *, editable: bool
 ) -> ir.Model:
     entries = _external_entries(proto)
+    for training in proto.training_info:
+        graphs = (training.initialization, training.algorithm)
+        held = onnx.ModelProto(graph=graphs[0]), onnx.ModelProto(graph=graphs[1])
+        if any(_external_entries(part) for part in held):
+            raise ModelError("training graphs with external data are not supported")
     try:
         model = serde.deserialize_model(proto)
     except (serde.SerdeError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"onnx_ir cannot represent the model: {_root(error)}") from error
+        raise ModelError(f"onnx_ir cannot represent the model: {root_cause(error)}") from error
     written: dict[int, _Entries] = {}
     external = False
 
@@ -182,6 +199,8 @@ def _external_entries(proto: onnx.ModelProto) -> dict[tuple[Any, ...], _Entries]
     """The external data entries of a proto by what onnx_ir keeps of them."""
     found: dict[tuple[Any, ...], _Entries] = {}
     for tensor in proto_tensors(proto):
+        if tensor.data_type not in onnx.TensorProto.DataType.values():
+            raise ModelError(f"tensor {tensor.name!r}: unknown data type {tensor.data_type}")
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if len(entries) < len(tensor.external_data):
@@ -189,12 +208,6 @@ def _external_entries(proto: onnx.ModelProto) -> dict[tuple[Any, ...], _Entries]
             numbers = external_numbers(entries, tensor.name)
             found[entries.get("location", ""), *numbers] = entries
     return found
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def files(model: ir.Model) -> dict[Path, int]:
@@ -208,7 +221,7 @@ def files(model: ir.Model) -> dict[Path, int]:
 
     path = model.meta.get(SOURCE, Source()).path
     if path is not None:
-        found[path] = path.stat().st_size
+        found[path] = DataFile(path).size
     replace_tensors(model, note)
     return found
 
@@ -230,5 +243,10 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
             raise ModelError("the result does not fit into a ModelProto of 2 GB: run on paths")
         stub.ClearField("external_data")
         stub.ClearField("data_location")
-        stub.raw_data = tensor.tobytes()
+        field = getattr(tensor, "field", None)
+        if field in _FIELD_TYPES:
+            values = stub.float_data if field == 4 else stub.double_data
+            values.extend(np.frombuffer(tensor.tobytes(), "<f4" if field == 4 else "<f8"))
+        else:
+            stub.raw_data = tensor.tobytes()
     return result.proto

@@ -73,7 +73,9 @@ def mend(model: ir.Model, written: onnx.ModelProto) -> None:
             if after.value_info[i].name in added:
                 del after.value_info[i]
         for field, entries in remarks.extras.items():
-            getattr(after, field).extend(entries)
+            there = {getattr(entry, _FIELDS[field]) for entry in getattr(after, field)}
+            kept = [e for e in entries if getattr(e, _FIELDS[field]) not in there]
+            getattr(after, field).extend(kept)
 
 
 def copy(source: ir.Model, target: ir.Model) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxforge.errors import ModelError
 from onnxforge.lazy import DerivedTensor, FileTensor, identity
-from onnxforge.model_io import MAX_PROTO_BYTES
+from onnxforge.model_io import MAX_PROTO_BYTES, files
 from onnxforge.skeleton import SOURCE, Skeleton, Source, set_external, skeleton
 from onnxforge.storage import wire
 from onnxforge.storage.publish import publish
@@ -22,7 +22,7 @@ from onnxforge.walk import proto_graphs
 from onnxforge.weights import needs_constant
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Iterable, Sequence
 
     import onnx
 
@@ -85,7 +85,9 @@ def save(
     outside = _outside(content, layout, external=external)
     data = _DataFile(content, outside, align) if outside else None
     data_target = data_path(target) if outside else None
-    refuse_to_overwrite([target, *([data_target] if data_target else [])], force=force)
+    targets = [target, *([data_target] if data_target else [])]
+    refuse_to_overwrite(targets, force=force)
+    _refuse_input(model, targets)
     sizes: dict[Path, int] = {}
     total = sum(tensor.nbytes for tensor in content.tensors)
 
@@ -120,6 +122,20 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
             raise ModelError(f"{path}: is a folder")
         if path.exists() and not force:
             raise ModelError(f"{path}: exists; --force overwrites it")
+
+
+def _refuse_input(model: ir.Model, targets: Sequence[Path]) -> None:
+    """Refuse to replace files that the model is read from, unless it replaces itself."""
+    path = model.meta.get(SOURCE, Source()).path
+    if path is None or _is_same(path, targets[0]):
+        return
+    for written in targets:
+        if any(_is_same(read, written) for read in files(model)):
+            raise ModelError(f"{written}: holds data of {path}, which would be lost")
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 
 def _write_model(
@@ -214,11 +230,22 @@ def _fits(content: Skeleton, outside: set[int]) -> bool:
 
 
 def _constant_names(proto: onnx.ModelProto) -> set[str]:
-    """Names of values that no runtime reads from outside, because shapes depend on them."""
-    return {
-        node.input[i]
-        for graph in proto_graphs(proto)
-        for node in graph.node
-        for i in needs_constant(node.domain, node.op_type)
-        if i < len(node.input)
-    }
+    """Names of values that no runtime reads from outside, because shapes depend on them.
+
+    Also those that come there through Identity, or as arguments of a function.
+    """
+    functions = {(f.domain, f.name): list(f.input) for f in proto.functions}
+    bodies = [graph.node for graph in proto_graphs(proto)] + [f.node for f in proto.functions]
+    nodes = [node for body in bodies for node in reversed(body)]
+    names: set[str] = set()
+    known = -1
+    while known < len(names):
+        known = len(names)
+        for node in nodes:
+            fixed = set(needs_constant(node.domain, node.op_type))
+            if node.op_type == "Identity" and node.output[0] in names:
+                fixed.add(0)
+            formal = functions.get((node.domain, node.op_type), [])
+            fixed.update(i for i, name in enumerate(formal) if name in names)
+            names.update(node.input[i] for i in fixed if i < len(node.input))
+    return names

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir import serde
 
 from onnxforge import remarks
+from onnxforge.errors import ModelError
 from onnxforge.lazy import DerivedTensor, FileTensor
 from onnxforge.storage.wire import PAYLOAD_BYTES
 from onnxforge.walk import proto_tensors, replace_tensors
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["SOURCE", "Skeleton", "Source", "set_external", "skeleton", "twin"]
+__all__ = [
+    "SOURCE",
+    "Skeleton",
+    "Source",
+    "root_cause",
+    "set_external",
+    "skeleton",
+    "twin",
+]
 
 SOURCE = "onnxforge.source"
 """Key of ``ir.Model.meta`` under which a loaded model remembers what it was made from."""
@@ -87,6 +96,8 @@ def skeleton(model: ir.Model, *, mend: bool = True) -> Skeleton:
     replace_tensors(model, stub)
     try:
         proto = serde.serialize_model(model)
+    except serde.SerdeError as error:
+        raise ModelError(f"onnx_ir cannot write the model: {root_cause(error)}") from error
     finally:
         replace_tensors(model, lambda tensor: originals.get(id(tensor), tensor))
     if mend:
@@ -97,6 +108,13 @@ def skeleton(model: ir.Model, *, mend: bool = True) -> Skeleton:
         if tensor.external_data and tensor.external_data[0].value == location
     }
     return Skeleton(proto, tensors, [stubs[i] for i in range(len(tensors))], location)
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error at the bottom of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def twin(model: ir.Model) -> ir.Model:

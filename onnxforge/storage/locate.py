@@ -7,15 +7,15 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from onnxforge.errors import ModelError
 from onnxforge.lazy import DataFile, FileTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import onnx_ir as ir
-
-__all__ = ["DataFolder", "external_numbers"]
+__all__ = ["DataFolder", "external_numbers", "refuse_unsized"]
 
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 
@@ -46,6 +46,7 @@ class DataFolder:
         Raises:
             ModelError: The entries are malformed, or the bytes are not there.
         """
+        refuse_unsized(like)
         name = like.name
         given_offset, length = external_numbers(entries, name)
         location, offset = entries.get("location", ""), given_offset or 0
@@ -69,16 +70,18 @@ class DataFolder:
 
     def _checked(self, location: str, name: str | None) -> DataFile:
         what = f"tensor {name!r}: data location {location!r}"
-        if not location or "\0" in location or location.startswith("*/"):
+        named = isinstance(location, str) and location and "\0" not in location
+        if not named or location.startswith("*/"):
             raise ModelError(f"{what} is not a file name")
         if Path(location).is_absolute() or location.startswith(("/", "\\")):
             raise ModelError(f"{what} is absolute")
         path = self.folder / location
-        lexical = Path(os.path.normpath(path))
-        if not lexical.is_relative_to(self.folder):
+        if Path(os.path.normpath(location)).parts[:1] == ("..",):
             raise ModelError(f"{what} leaves the folder of the model")
         try:
             real = path.resolve(strict=True)
+        except RuntimeError:  # what a loop of links is before Python 3.13
+            raise ModelError(f"{what} is a loop of links") from None
         except OSError as error:
             raise ModelError(f"{what}: {error.strerror}") from None
         if not any(real.is_relative_to(root) for root in self._roots):
@@ -86,6 +89,14 @@ class DataFolder:
         if not stat.S_ISREG(real.stat().st_mode):
             raise ModelError(f"{what} is not a regular file")
         return DataFile(path)
+
+
+def refuse_unsized(tensor: ir.TensorProtocol) -> None:
+    """Raise ModelError for a tensor whose size in bytes its type and shape do not tell."""
+    if tensor.dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING):
+        raise ModelError(f"tensor {tensor.name!r}: {tensor.dtype.name} has no size in bytes")
+    if any(dim < 0 for dim in tensor.shape.numpy()):
+        raise ModelError(f"tensor {tensor.name!r}: has a negative dimension")
 
 
 def external_numbers(
@@ -97,7 +108,10 @@ def external_numbers(
         ModelError: A key is unknown or a number is none.
     """
     if unknown := sorted(set(entries) - _KEYS):
-        raise ModelError(f"tensor {name!r}: unknown external data key {unknown[0]!r}")
+        location = entries.get("location", "")
+        raise ModelError(
+            f"tensor {name!r}: unknown external data key {unknown[0]!r} for {location!r}"
+        )
     return _number(entries, "offset", name), _number(entries, "length", name)
 
 
@@ -106,5 +120,9 @@ def _number(entries: Mapping[str, str], key: str, name: str | None) -> int | Non
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ModelError(f"tensor {name!r}: external data {key} {text!r} is not a byte count")
+        location = entries.get("location", "")
+        raise ModelError(
+            f"tensor {name!r}: external data {key} {text!r} is not a byte count"
+            f", for {location!r}"
+        )
     return int(text)

@@ -40,7 +40,7 @@ def publish(
 
     final = temporary(model, "tmp")
     if data is None:
-        with _cleaned([final]):
+        with _cleaned([final]), _alone(model.parent):
             write_model(final, "")
             _replace(final, model)
         return
@@ -49,34 +49,56 @@ def publish(
         temporary(data, "data"),
         temporary(data, "link"),
     )
-    # All is written before anything is replaced: the old files may be what is read.
-    with _cleaned([final, interim, linked]):
-        with _cleaned([new_data], only_on_error=True):
-            write_data(new_data)
-            write_model(final, data.name)
-            if not (model.exists() or data.exists()):
+    fresh, pointed = True, False
+    try:
+        # All is written before anything is replaced: the old files may be what is read.
+        write_data(new_data)
+        write_model(final, data.name)
+        with _alone(model.parent):
+            fresh = not (model.exists() or data.exists())
+            if fresh:
                 _replace(new_data, data)
-                _replace(final, model)
-                return
-            write_model(interim, new_data.name)
-            _replace(interim, model)
-        _link(new_data, linked)
-        _replace(linked, data)
-        _replace(final, model)
-        new_data.unlink()
+            else:
+                write_model(interim, new_data.name)
+                pointed = True
+                _replace(interim, model)
+                _link(new_data, linked)
+                _replace(linked, data)
+            _replace(final, model)
+    finally:
+        # A rename may have happened although its flush failed or a signal came: look.
+        unfinished = final.exists()
+        in_use = unfinished and pointed and not interim.exists()
+        if unfinished and fresh and not new_data.exists():
+            data.unlink(missing_ok=True)
+        for path in [final, interim, linked, *([] if in_use else [new_data])]:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _cleaned(paths: list[Path], *, only_on_error: bool = False) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other saves into this folder from publishing meanwhile."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _cleaned(paths: list[Path]) -> Iterator[None]:
     try:
         yield
-    except BaseException:
-        only_on_error = False
-        raise
     finally:
-        if not only_on_error:
-            for path in paths:
-                path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def _replace(source: Path, target: Path) -> None:

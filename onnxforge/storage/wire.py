@@ -102,14 +102,6 @@ class _Field:
     end: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor message, cut into its fields."""
-
-    fields: tuple[_Field, ...]
-    end: int
-
-
 def _varint(data: _Bytes, at: int) -> tuple[int, int]:
     chunk = data[at : at + 10]
     value = 0
@@ -165,7 +157,7 @@ class _Rewriter:
     def interesting(self, field: _Field) -> bool:
         raise NotImplementedError
 
-    def tensor(self, tensor: _Tensor) -> list[_Piece] | None:
+    def tensor(self, start: int, end: int) -> list[_Piece] | None:
         raise NotImplementedError
 
     def message(self, kind: str, start: int, end: int, depth: int = 0) -> list[_Piece] | None:
@@ -173,7 +165,7 @@ class _Rewriter:
         if depth > _MAX_DEPTH:
             raise _Malformed
         if kind == _TENSOR:
-            return self.tensor(_Tensor(tuple(_fields(self.data, start, end)), end))
+            return self.tensor(start, end)
         pieces: list[_Piece] = []
         copied = start
         children = _CHILDREN[kind]
@@ -230,18 +222,21 @@ class _Excise(_Rewriter):
     def interesting(self, field: _Field) -> bool:
         return field.end - field.start >= PAYLOAD_BYTES
 
-    def tensor(self, tensor: _Tensor) -> list[_Piece] | None:
-        values = [f for f in tensor.fields if f.number in _PAYLOADS]
-        external = any(f.number in (_EXTERNAL_DATA, _DATA_LOCATION) for f in tensor.fields)
-        if len(values) != 1 or values[0].wire != _BYTES or external:
-            return None  # a packed field may come in several parts; protobuf joins those
-        (value,) = values
-        if value.end - value.start < PAYLOAD_BYTES:
+    def tensor(self, start: int, end: int) -> list[_Piece] | None:
+        value: _Field | None = None
+        for field in _fields(self.data, start, end):
+            if field.number in (_EXTERNAL_DATA, _DATA_LOCATION):
+                return None
+            if field.number in _PAYLOADS:
+                # A packed field may come in several parts; protobuf joins those.
+                if value is not None or field.wire != _BYTES:
+                    return None
+                value = field
+        if value is None or value.end - value.start < PAYLOAD_BYTES:
             return None
-        first = tensor.fields[0].tag
         stub = mark(self.location, len(self.payloads))
         self.payloads.append(Payload(value.start, value.end - value.start, value.number))
-        return [_Span(first, value.tag), _Span(value.end, tensor.end), _Literal(stub)]
+        return [_Span(start, value.tag), _Span(value.end, end), _Literal(stub)]
 
 
 def mark(location: str, index: int) -> bytes:
@@ -307,8 +302,9 @@ class _Splice(_Rewriter):
         i = bisect.bisect_left(self.positions, field.start)
         return i < len(self.positions) and self.positions[i] < field.end
 
-    def tensor(self, tensor: _Tensor) -> list[_Piece] | None:
-        entries = [f for f in tensor.fields if f.number == _EXTERNAL_DATA]
+    def tensor(self, start: int, end: int) -> list[_Piece] | None:
+        fields = list(_fields(self.data, start, end))
+        entries = [f for f in fields if f.number == _EXTERNAL_DATA]
         if not entries:
             return None
         index = self._index(entries)
@@ -319,7 +315,7 @@ class _Splice(_Rewriter):
             _Literal(_tag(payload.field, _BYTES) + _encoded(payload.length)),
             _Hole(index, payload.length),
         ]
-        kept = [f for f in tensor.fields if f.number not in (_EXTERNAL_DATA, _DATA_LOCATION)]
+        kept = [f for f in fields if f.number not in (_EXTERNAL_DATA, _DATA_LOCATION)]
         before = itertools.takewhile(lambda f: f.number < payload.field, kept)
         spans: list[_Piece] = [_Span(f.tag, f.end) for f in kept]
         cut = len(list(before))

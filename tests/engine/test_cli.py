@@ -379,7 +379,7 @@ def test_a_report_that_cannot_be_written_ends_with_2(forge: Command, folder: Pat
     words = ("run", "--passes", "assert-pure", "nameless.onnx", "--report", "no/r.json")
     done = forge(*words)
     assert done.code == 2
-    assert_one_line(done, "no/r.json", "No such file or directory")
+    assert_one_line(done, "no: no such folder")
 
 
 # run: what goes wrong.
@@ -414,7 +414,7 @@ WRONG = {
     ),
     "existing output": (
         [*FP16W, "nameless.onnx", "taken.onnx"],
-        ["nameless.onnx", "taken.onnx", "exists", "--force"],
+        ["taken.onnx", "exists", "--force"],
     ),
     "existing output of many": (
         [*FP16W, "--out-dir", ".", "nameless.onnx"],
@@ -426,7 +426,7 @@ WRONG = {
     ),
     "no folder for output": (
         [*FP16W, "nameless.onnx", "no/o.onnx"],
-        ["nameless.onnx", "no", "no such folder"],
+        ["no: no such folder"],
     ),
     "glob": (
         ["run", "--passes", "fp16w{include=lm_head*}", "nameless.onnx", "o.onnx"],
@@ -541,10 +541,15 @@ def test_a_failing_model_leaves_the_results_before_it(forge: Command, folder: Pa
     assert done.out.startswith("nameless.onnx -> ")
 
 
-def test_no_result_is_printed_as_json_when_a_model_fails(forge: Command, folder: Path) -> None:
+def test_json_tells_which_model_failed_and_why(forge: Command, folder: Path) -> None:
     damaged(folder)
     words = (*FP16W, "--format", "json", "--out-dir", "results")
-    assert forge(*words, "nameless.onnx", "cut.onnx").out == ""
+    done = forge(*words, "nameless.onnx", "cut.onnx")
+    assert done.code == 2
+    good, bad = done.document["runs"]
+    assert "error" not in good
+    assert (bad["source"], bad["written"]) == ("cut.onnx", {})
+    assert "not an ONNX model" in bad["error"]
 
 
 def test_a_failure_in_a_process_of_its_own_has_no_traceback(folder: Path) -> None:
@@ -570,10 +575,11 @@ def test_a_bug_keeps_its_type_and_carries_the_command_that_shows_it(
     source = Path("with space.onnx")
     Path("nameless.onnx").rename(source)
     pipeline = "fp16w{min_bytes=0},assert-pure"
-    with pytest.raises(ZeroDivisionError, match="unforeseen") as caught:
-        forge("run", "--passes", pipeline, source, "o.onnx")
-    (remark,) = caught.value.__notes__
+    done = forge("run", "--passes", pipeline, source, "o.onnx")
+    assert done.code == 2
+    *_, error, remark = done.err.splitlines()
     command = f"onnxforge run --passes '{pipeline}' '{source}' --dry-run"
+    assert error == "ZeroDivisionError: unforeseen"
     assert remark == f"this is a bug; reproduce it with: {command}"
     assert not Path("o.onnx").exists()
 
@@ -586,7 +592,7 @@ def test_a_bug_shows_its_traceback_in_a_process_of_its_own(folder: Path) -> None
     )
     command = [sys.executable, "-c", code, *FP16W, "nameless.onnx", "o.onnx"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Traceback")
     lines = done.stderr.splitlines()
     assert "ZeroDivisionError: unforeseen" in lines
