@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -647,3 +648,59 @@ def test_of_two_inline_saves_at_once_one_is_there_whole(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     _main()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@in_every_case
+@pytest.mark.parametrize("failure", [fail, interrupt])
+def test_after_any_interruption_the_old_pair_or_the_new_pair_is_there(
+    tmp_path: Path, case: Case, failure: Callable[[], None]
+) -> None:
+    """Also when the folder cannot be flushed, or when Ctrl-C comes right after a rename."""
+    for at in itertools.count(1):
+        here = tmp_path / str(at)
+        source = prepared(here, case)
+        before = contents(here / "out")
+        quiet = contextlib.suppress(ModelError, KeyboardInterrupt)
+        with Tripwire(at, failure).laid() as wire, quiet:
+            save_new(here, case, source)
+        if len(wire.steps) < at:
+            return
+        step = wire.steps[at - 1]
+        state = found(here / "out")
+        assert state in ("old" if case.before else "nothing", "new"), step
+        if "unlink" not in step:
+            assert temporaries(here / "out") <= referred(here / "out"), step
+        if state == "nothing":
+            assert contents(here / "out") == before, step
+
+
+def test_of_two_saves_at_once_one_is_there_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second save gets all the time it can use while the first is about to end."""
+    case = Case("sidecar", "sidecar")
+    source = prepared(tmp_path, case)
+    path = tmp_path / "out" / NAME
+
+    def second() -> None:
+        model = model_io.load(tmp_path / "source.onnx")
+        saving.save(model, path, layout="sidecar", force=True)
+
+    other = threading.Thread(target=second)
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if not other.ident and self.name.endswith(".tmp"):
+            other.start()
+            other.join(1)  # or it waits for the first
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    save_new(tmp_path, case, source)
+    other.join()
+    assert found(tmp_path / "out") in ("old", "new")
+    assert temporaries(tmp_path / "out") == set()
