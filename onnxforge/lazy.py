@@ -24,6 +24,7 @@ __all__ = [
     "FileTensor",
     "Kernel",
     "Reader",
+    "Scratch",
     "blocks",
     "identity",
     "reader",
@@ -233,7 +234,7 @@ class DerivedTensor(_LazyTensor):
         read = reader(self.source)
         source_dtype = self.source.dtype.numpy()
         dtype = self.dtype.numpy()
-        scratch = _Scratch()
+        scratch = Scratch()
 
         def compute(offset: int, out: Bytes) -> None:
             start, count = offset // dtype.itemsize, out.nbytes // dtype.itemsize
@@ -244,13 +245,15 @@ class DerivedTensor(_LazyTensor):
         return compute
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """A buffer for each thread, used again for each block."""
 
     def __init__(self) -> None:
+        """Start empty."""
         self._buffer = np.empty(0, np.uint8)
 
     def take(self, size: int) -> Bytes:
+        """The first ``size`` bytes; what they hold is gone at the next call."""
         if len(self._buffer) < size:
             self._buffer = np.empty(size, np.uint8)
         return self._buffer[:size]

@@ -12,14 +12,13 @@ import onnx_ir as ir
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
 from onnxforge.errors import Refused
 from onnxforge.lazy import DerivedTensor
+from onnxforge.numerics.half import OVERFLOW, SMALLEST_NORMAL, narrow, narrow_finite
 from onnxforge.options import ByteSize
 from onnxforge.selection import CODES, Selection
 from onnxforge.weights import Use, Weight, Weights, for_each, stream
 
 __all__ = ["WeightsFp16CastPass"]
 
-_OVERFLOW = 65520.0  # halfway from the largest float16, 65504, to the next power of two
-_SMALLEST_NORMAL = 2.0**-14
 _TINY = 16  # elements; a tensor this small is a constant of a formula, not learned
 
 
@@ -105,22 +104,12 @@ class WeightsFp16CastPass(Pass):
 
 @dataclass(frozen=True)
 class _Narrow:
-    """float32 to float16, round to nearest even.
+    """float32 to float16; most weights have neither NaN nor infinity and take the fast way."""
 
-    Processors disagree on what a NaN becomes, so with ``nan`` those are made here: sign and
-    the upper bits of the payload stay, and the quiet bit is set.
-    """
-
-    nan: bool = False
+    finite: bool
 
     def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            np.copyto(out, block, casting="same_kind")
-        if self.nan:
-            at = np.isnan(block)
-            bits = block.view(np.uint32)[at]
-            payload = (bits >> 13 & 0x3FF) | 0x7E00
-            out.view(np.uint16)[at] = (bits >> 16 & 0x8000) | payload
+        (narrow_finite if self.finite else narrow)(block, out)
 
 
 @dataclass(frozen=True)
@@ -135,22 +124,22 @@ def _scan(weight: Weight) -> _Narrow | Finding:
     """The kernel that narrows a weight, or the reason why it has to stay."""
     if (obstacle := _cannot_cast(weight)) is not None:
         return obstacle
-    nan = False
+    finite = True
     is_tiny = weight.tensor.size <= _TINY
     for block in stream(weight.tensor):
         # NaN makes both extremes NaN and an infinity is one, so this settles most blocks.
-        if block.min() > -_OVERFLOW and block.max() < _OVERFLOW and not is_tiny:
+        if block.min() > -OVERFLOW and block.max() < OVERFLOW and not is_tiny:
             continue
-        nan = nan or bool(np.isnan(block).any())
         magnitude = np.abs(block[np.isfinite(block)])
-        if magnitude.size and magnitude.max() >= _OVERFLOW:
+        finite = finite and len(magnitude) == len(block)
+        if magnitude.size and magnitude.max() >= OVERFLOW:
             detail = f"holds {magnitude.max():g}"
             return _skipped(weight, "OF221", "overflows float16", detail)
-        lost = magnitude[(magnitude > 0) & (magnitude < _SMALLEST_NORMAL)]
+        lost = magnitude[(magnitude > 0) & (magnitude < SMALLEST_NORMAL)]
         if is_tiny and lost.size:
             detail = f"holds {lost.min():g}"
             return _skipped(weight, "OF222", "too small for float16", detail)
-    return _Narrow(nan)
+    return _Narrow(finite)
 
 
 def _cannot_cast(weight: Weight) -> Finding | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "default_workers", "write_file"]
 
 _COPY_BYTES = 64 << 20
+_FLUSH_BYTES = 128 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -114,6 +115,9 @@ class _Job:
         self.buffers = _Buffers()
         self.progress = progress
         self.failed: BaseException | None = None
+        self.flusher = ThreadPoolExecutor(1, thread_name_prefix="onnxforge-flush")
+        self.flushes: list[Future[None]] = []
+        self.unflushed = 0
 
     def run(self, parts: Iterable[Part]) -> None:
         try:
@@ -124,6 +128,9 @@ class _Job:
                     self._tensor(part.content, part.offset)
         finally:
             self.pool.shutdown(wait=True)
+            self.flusher.shutdown(wait=True)
+        for flush in self.flushes:
+            flush.result()  # the system reports a failed write once only
         if self.failed is not None:
             raise self.failed
 
@@ -167,6 +174,12 @@ class _Job:
     def _count(self, written: int) -> None:
         if self.progress is not None:
             self.progress(written)
+        # The disk works while we compute, so that the flush at the end has little to do.
+        self.unflushed += written
+        idle = not self.flushes or self.flushes[-1].done()
+        if self.unflushed >= _FLUSH_BYTES and idle and hasattr(os, "fdatasync"):
+            self.unflushed = 0
+            self.flushes.append(self.flusher.submit(os.fdatasync, self.output.fd))
 
 
 def write_file(
