@@ -7,6 +7,7 @@ import reprlib
 import struct
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _field(field: Any, a: Any, b: Any, path: str, stub: str) -> str | None:
     where = f"{path}.{field.name}"
     if field.name == "domain":
         a, b = _domain(a), _domain(b)
-    if field.is_repeated:
+    if not isinstance(a, str | bytes | int | float | Message):  # a repeated field
         if field.name == "output" and field.message_type is None:
             a, b = _without_trailing_blanks(a), _without_trailing_blanks(b)
         return _repeated(field, a, b, where, stub)

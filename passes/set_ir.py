@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 
 from onnxforge.core import Effect, Finding, Pass, Result
 from onnxforge.errors import Refused
@@ -15,7 +16,6 @@ from onnxforge.skeleton import skeleton
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FieldDescriptor
-    from google.protobuf.message import Message
 
 __all__ = ["SetIrVersionPass"]
 
@@ -225,7 +225,7 @@ def _fields(message: Message, where: str) -> Iterator[tuple[FieldDescriptor, Any
 def _children(field: FieldDescriptor, value: Any) -> Sequence[Message]:
     if field.message_type is None:
         return ()
-    return value if field.is_repeated else (value,)
+    return (value,) if isinstance(value, Message) else value
 
 
 def _named(where: str, child: Message, index: int) -> str:

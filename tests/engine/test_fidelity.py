@@ -353,12 +353,13 @@ def test_a_fixture_equals_itself(name: str) -> None:
 def scalars(message: Message) -> Iterator[tuple[Message, str, int | None]]:
     """Every number, string or bytes that is set anywhere in a message."""
     for descriptor, value in message.ListFields():
-        children = value if descriptor.is_repeated else [value]
+        single = isinstance(value, str | bytes | int | float | Message)
+        children = [value] if single else value
         for i, child in enumerate(children):
             if descriptor.message_type is not None:
                 yield from scalars(child)
             else:
-                yield message, descriptor.name, i if descriptor.is_repeated else None
+                yield message, descriptor.name, None if single else i
 
 
 def altered(value: object) -> object:
