@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from onnxforge.options import to_spec
+from onnxforge.options import coerced, to_spec
 
 if TYPE_CHECKING:
     import os
@@ -107,6 +107,15 @@ class Pass(ir.passes.PassBase):
     name: ClassVar[str]
     effect: ClassVar[Effect]
     codes: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """Give every option the type of its field.
+
+        Raises:
+            SpecError: An option has a value that its field does not admit.
+        """
+        for name, value in coerced(self).items():
+            object.__setattr__(self, name, value)
 
     @property
     def in_place(self) -> bool:

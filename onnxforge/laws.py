@@ -58,6 +58,13 @@ def _graph(model: ir.Model) -> bytes:
     for tensor in proto_tensors(proto):
         for field in ("raw_data", "external_data", "data_location"):
             tensor.ClearField(field)
+    # Types of values in functions stand in one of two places, by the IR version.
+    prefixes = tuple(f"{function.domain}::{function.name}/" for function in proto.functions)
+    kept = [v for v in proto.graph.value_info if not v.name.startswith(prefixes)]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    for function in proto.functions:
+        function.ClearField("value_info")
     parts = [proto.graph, *proto.functions]
     return b"".join(part.SerializeToString(deterministic=True) for part in parts)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", bound=DataclassInstance)
 
-__all__ = ["ByteSize", "did_you_mean", "from_spec", "to_spec"]
+__all__ = ["ByteSize", "coerced", "did_you_mean", "from_spec", "to_spec"]
 
 _UNITS: Final = {
     "GiB": 1 << 30,
@@ -131,6 +131,37 @@ def to_spec(instance: DataclassInstance, full: bool = False) -> PassSpec:
         if full or _required(field) or value != _default(field)
     ]
     return PassSpec(Word(typing.cast("Any", instance).name), tuple(options))
+
+
+def coerced(instance: DataclassInstance) -> dict[str, Any]:
+    """The options of a pass made in Python, each of the type that its field wants.
+
+    Lists become tuples and texts such as ``64KiB`` are read.
+
+    Raises:
+        SpecError: A value is not of the type that the field wants.
+    """
+    hints = typing.get_type_hints(type(instance))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        try:
+            values[field.name] = _coerce(hints[field.name], value)
+        except (_BadValue, AttributeError, TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, _BadValue) else f"cannot be {value!r}"
+            name = typing.cast("Any", instance).name
+            raise SpecError(f"option {field.name!r} of {name!r} {reason}") from None
+    return values
+
+
+def _coerce(annotation: Any, value: Any) -> Any:
+    inner, _ = _without_none(annotation)
+    if _element(inner) is not None:
+        if isinstance(value, str):
+            raise _BadValue("takes a tuple of values, not one text")
+        value = tuple(value)
+    text = isinstance(value, str) and inner is not str
+    return _read(annotation, (Word(value),) if text else _write(annotation, value))
 
 
 class _BadValue(Exception):

@@ -13,13 +13,13 @@ import onnx_ir as ir
 
 from onnxforge.errors import ModelError
 from onnxforge.lazy import DerivedTensor, FileTensor, identity
-from onnxforge.model_io import MAX_PROTO_BYTES, files
+from onnxforge.model_io import MAX_PROTO_BYTES, files, read_skeleton
 from onnxforge.skeleton import SOURCE, Skeleton, Source, set_external, skeleton
 from onnxforge.storage import wire
 from onnxforge.storage.publish import publish
 from onnxforge.storage.writer import Part, write_file
-from onnxforge.walk import proto_graphs
-from onnxforge.weights import needs_constant
+from onnxforge.walk import proto_tensors
+from onnxforge.weights import needed_constants
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -81,13 +81,14 @@ def save(
     """
     target = Path(path).absolute()
     content = skeleton(model)
-    external = model.meta.get(SOURCE, Source()).external
-    outside = _outside(content, layout, external=external)
+    outside = _outside(model, content, layout)
     data = _DataFile(content, outside, align) if outside else None
     data_target = data_path(target) if outside else None
     targets = [target, *([data_target] if data_target else [])]
     refuse_to_overwrite(targets, force=force)
     _refuse_input(model, targets)
+    if data_target is not None and data_target.exists():
+        _refuse_shared(target, data_target)
     sizes: dict[Path, int] = {}
     total = sum(tensor.nbytes for tensor in content.tensors)
 
@@ -114,14 +115,33 @@ def save(
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
-    """Raise ModelError if one of the paths is taken, or is a folder even with ``force``."""
+    """Raise ModelError if a path is taken, or by no regular file even with ``force``."""
     for path in paths:
         if not path.parent.is_dir():
             raise ModelError(f"{path.parent}: no such folder")
         if path.is_dir():
             raise ModelError(f"{path}: is a folder")
-        if path.exists() and not force:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path}: is not a regular file")
+        if os.path.lexists(path) and not force:
             raise ModelError(f"{path}: exists; --force overwrites it")
+
+
+def _refuse_shared(target: Path, data: Path) -> None:
+    """Refuse to replace a data file that another model in its folder reads as well."""
+    for other in sorted(data.parent.glob("*.onnx")):
+        if not _is_same(other, target) and data.name in _data_names(other):
+            raise ModelError(f"{data}: holds data of {other} as well, which would be lost")
+
+
+def _data_names(path: Path) -> set[str]:
+    """Names of the data files of a model; none if it is no model."""
+    try:
+        proto, _, location = read_skeleton(path)
+    except ModelError:
+        return set()
+    places = (e.value for t in proto_tensors(proto) for e in t.external_data)
+    return {os.path.normpath(place) for place in places if place != location}
 
 
 def _refuse_input(model: ir.Model, targets: Sequence[Path]) -> None:
@@ -185,8 +205,9 @@ class _DataFile:
             set_external(stub, entries)
 
 
-def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
+def _outside(model: ir.Model, content: Skeleton, layout: Layout) -> set[int]:
     """The tensors that go into the sidecar, by number."""
+    external = model.meta.get(SOURCE, Source()).external
     inside = _fits(content, set())
     if layout == "inline" and not inside:
         raise ModelError(
@@ -194,7 +215,7 @@ def _outside(content: Skeleton, layout: Layout, *, external: bool) -> set[int]:
         )
     if layout == "inline" or (layout == "keep" and not external and inside):
         return set()
-    fixed = _constant_names(content.proto)
+    fixed = {value.name for value in needed_constants(model)}
     names = Counter(identity(tensor) for tensor in content.tensors)
 
     def worth_it(tensor: ir.TensorProtocol) -> bool:
@@ -227,25 +248,3 @@ def _fits(content: Skeleton, outside: set[int]) -> bool:
     inside = sum(t.nbytes for i, t in enumerate(content.tensors) if i not in outside)
     size: int = content.proto.ByteSize()
     return size + inside + 16 * len(content.tensors) <= MAX_PROTO_BYTES
-
-
-def _constant_names(proto: onnx.ModelProto) -> set[str]:
-    """Names of values that no runtime reads from outside, because shapes depend on them.
-
-    Also those that come there through Identity, or as arguments of a function.
-    """
-    functions = {(f.domain, f.name): list(f.input) for f in proto.functions}
-    bodies = [graph.node for graph in proto_graphs(proto)] + [f.node for f in proto.functions]
-    nodes = [node for body in bodies for node in reversed(body)]
-    names: set[str] = set()
-    known = -1
-    while known < len(names):
-        known = len(names)
-        for node in nodes:
-            fixed = set(needs_constant(node.domain, node.op_type))
-            if node.op_type == "Identity" and node.output[0] in names:
-                fixed.add(0)
-            formal = functions.get((node.domain, node.op_type), [])
-            fixed.update(i for i, name in enumerate(formal) if name in names)
-            names.update(node.input[i] for i in fixed if i < len(node.input))
-    return names

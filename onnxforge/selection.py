@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxforge.core import Fate, Finding
 from onnxforge.errors import Refused
+from onnxforge.lazy import identity
 from onnxforge.options import ByteSize
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ CODES: Mapping[str, str] = {
     "OF208": "Nothing reads the weight.",
     "OF209": "The weight is an attribute of a node and cannot be converted on its way there.",
     "OF210": "The operator set that holds there cannot express the new form.",
+    "OF211": "The weight shares its bytes with one that stays; both forms would be stored.",
 }
 """What the codes mean that all passes over weights share."""
 
@@ -70,7 +72,7 @@ class Selection:
                 chosen.append(weight)
         if unmatched:
             raise Refused(f"{min(unmatched)!r} matches no weight and no node that reads one")
-        return chosen, findings
+        return _without_torn(chosen, weights, findings), findings
 
     def _reason(self, weight: Weight, matched: set[str]) -> tuple[str, str] | None:
         if not matched.isdisjoint(self.exclude):
@@ -84,13 +86,28 @@ class Selection:
         return _obstacle(weight)
 
 
+def _without_torn(
+    chosen: list[Weight], weights: Weights, findings: list[Finding]
+) -> list[Weight]:
+    """Leave out weights whose bytes another weight keeps, as they would be stored twice."""
+    treated = set(map(id, chosen))
+    kept = {identity(w.tensor): w.where for w in weights if id(w) not in treated}
+    torn = [weight for weight in chosen if identity(weight.tensor) in kept]
+    for weight in torn:
+        message, other = "shares its bytes with one that stays", kept[identity(weight.tensor)]
+        findings.append(
+            Finding("OF211", weight.where, message, weight.nbytes, Fate.SKIPPED, detail=other)
+        )
+    return [weight for weight in chosen if identity(weight.tensor) not in kept]
+
+
 def _matched(weight: Weight, globs: Sequence[str]) -> set[str]:
     """The globs that match a weight or a node that reads it, by name or by path."""
     if not globs:
         return set()
     names = [weight.where, weight.value.name if weight.value else None]
-    for use in weight.uses:
-        names += [use.where, use.node.name]
+    names += [use.where for use in weight.uses]
+    names += [node.name for node in weight.readers]
     return {
         glob for glob in globs if any(fnmatch.fnmatchcase(name or "", glob) for name in names)
     }

@@ -142,7 +142,7 @@ def set_external(tensor: onnx.TensorProto, entries: Mapping[str, str]) -> None:
 
 
 def _is_large(tensor: ir.TensorProtocol) -> bool:
-    if isinstance(tensor, FileTensor | DerivedTensor):
+    if isinstance(tensor, FileTensor | DerivedTensor | ir.ExternalTensor):
         return True
     if tensor.dtype == ir.DataType.STRING or tensor.nbytes < PAYLOAD_BYTES:
         return False

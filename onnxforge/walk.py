@@ -39,12 +39,15 @@ class Scope:
         while scope.parent is not None:
             scope = scope.parent
         owner = scope.function if scope.function is not None else scope.graph
-        return owner.opset_imports
+        imports = dict(owner.opset_imports)
+        if "ai.onnx" in imports:  # the long name of the standard domain
+            imports[""] = max(imports.pop("ai.onnx"), imports.get("", 0))
+        return imports
 
 
 def label(node: ir.Node, index: int) -> str:
     """The name of a node, or its operator and position in its graph when it has none."""
-    return node.name or f"{node.op_type}_{index}"
+    return node.name or f"{node.op_type}#{index}"
 
 
 def scopes(model: ir.Model) -> Iterator[Scope]:

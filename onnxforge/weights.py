@@ -30,6 +30,7 @@ __all__ = [
     "Weight",
     "Weights",
     "for_each",
+    "needed_constants",
     "needs_constant",
     "stream",
 ]
@@ -103,6 +104,28 @@ def needs_constant(domain: str, op_type: str) -> tuple[int, ...]:
     return _NEEDS_CONSTANT.get(op_type, ()) if domain in ("", "ai.onnx") else ()
 
 
+def needed_constants(model: ir.Model) -> set[ir.Value]:
+    """Values that a runtime has to know when it loads a model.
+
+    Those that `needs_constant` tells, and what they are made from by Identity and Cast or
+    come from as arguments of a function.
+    """
+    formal = {f.identifier(): list(f.inputs) for f in model.functions.values()}
+    nodes = [node for scope in scopes(model) for node in reversed(scope.graph)]
+    needed: set[ir.Value | None] = set()
+    known = -1
+    while known < len(needed):
+        known = len(needed)
+        for node in nodes:
+            fixed = set(needs_constant(node.domain, node.op_type))
+            if node.op_type in ("Cast", "Identity") and node.outputs[0] in needed:
+                fixed.add(0)
+            parameters = formal.get(node.op_identifier(), [])
+            fixed.update(i for i, value in enumerate(parameters) if value in needed)
+            needed.update(node.inputs[i] for i in fixed if i < len(node.inputs))
+    return {value for value in needed if value is not None}
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """One reading of a weight.
@@ -138,6 +161,7 @@ class Weight:
         where: Its path.
         uses: Who reads it, in order of the graphs.
         is_output: Whether it is an output of its graph or of a body inside it.
+        is_needed_constant: Whether a runtime needs the value when it loads the model.
     """
 
     scope: Scope
@@ -147,6 +171,7 @@ class Weight:
     where: str
     uses: tuple[Use, ...] = ()
     is_output: bool = False
+    is_needed_constant: bool = False
 
     @property
     def dtype(self) -> ir.DataType:
@@ -164,11 +189,13 @@ class Weight:
         return self.value is not None and self.value.is_graph_input()
 
     @property
-    def is_needed_constant(self) -> bool:
-        """Whether one of its users needs the value when the model is loaded."""
-        return any(
-            use.index in needs_constant(use.node.domain, use.node.op_type) for use in self.uses
-        )
+    def readers(self) -> Iterator[ir.Node]:
+        """The nodes that read it, directly or through what a constant stays one behind."""
+        nodes = [use.node for use in self.uses]
+        for node in nodes:
+            yield node
+            if not node.domain and node.op_type in _PASSES_CONSTANTS:
+                nodes += [use.node for output in node.outputs for use in output.uses()]
 
     def store(self, tensor: ir.TensorProtocol) -> None:
         """Put another tensor in its place; the value gets its type."""
@@ -210,12 +237,14 @@ class Weights:
         self._scopes = list(scopes(model))
         uses = _uses(self._scopes)
         outputs = _output_names(self._scopes)
+        needed = needed_constants(model)
         self._all = [w for scope in self._scopes for w in _weights_in(scope)]
         self._by_value: dict[ir.Value, Weight] = {}
         for weight in self._all:
             if weight.value is not None:
                 weight.uses = tuple(uses.get(weight.value, ()))
                 name = weight.value.name
+                weight.is_needed_constant = weight.value in needed
                 weight.is_output = weight.value.is_graph_output() or name in outputs
                 self._by_value[weight.value] = weight
         self._names = _names(self._scopes)
@@ -245,7 +274,8 @@ class Weights:
             node = value.producer()
             if node is None or node.domain or node.op_type not in _PASSES_CONSTANTS:
                 return None
-            if any(self.of(extra) is None for extra in node.inputs[1:] if extra is not None):
+            extras = [extra for extra in node.inputs[1:] if extra is not None]
+            if any(self.behind(extra) is None for extra in extras):
                 return None
             path.append(node)
             value = node.inputs[0] if node.inputs else None

@@ -77,6 +77,7 @@ class AssertPureAiOnnx(Pass):
             ValueError: A version is not positive, onnxruntime's is none or too old, or what
                 is forbidden is no operator.
         """
+        super().__post_init__()
         for option in ("opset", "max_opset", "max_ir"):
             version = getattr(self, option)
             if version is not None and version < 1:

@@ -172,9 +172,16 @@ def _cast_behind(gather: ir.Node, weights: Weights) -> None:
     graph = gather.graph
     assert graph is not None
     graph.insert_after(gather, cast)
-    wide.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    whole = cast.outputs[0]
+    wide.replace_all_uses_with(whole, replace_graph_outputs=True)
     cast.replace_input_with(0, wide)
-    cast.outputs[0].metadata_props.update(wide.metadata_props)
+    # What is said of the output holds for the Cast now.
+    whole.type, whole.doc_string = wide.type, wide.doc_string
+    whole.meta.update(wide.meta)
+    whole.metadata_props.update(wide.metadata_props)
+    wide.doc_string = None
+    wide.meta.clear()
+    wide.metadata_props.clear()
     wide.name = weights.unique(f"{name}_fp16w")
     wide.type = ir.TensorType(ir.DataType.FLOAT16)
 

@@ -64,6 +64,7 @@ class SetIrVersionPass(Pass):
         Raises:
             ValueError: ``max`` is too low.
         """
+        super().__post_init__()
         if self.max < _LOWEST:
             raise ValueError(f"max must be at least {_LOWEST}, not {self.max}")
 
