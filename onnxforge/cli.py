@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _FAILED_CHECK, _FAILED_RUN, _INTERRUPTED = 1, 2, 130
-_WORKER_BYTES = 4 << 20  # blocks of source and result that a writing thread holds
+_WORKER_BYTES = 8 << 20  # blocks of source and result that a writing thread holds
+_OTHER_BYTES = 16 << 20  # the graph, and the threads that look weights through
 _FORMAT = click.option(
     "--format",
     "style",
@@ -94,31 +95,35 @@ def run(
     verbose: bool,
 ) -> None:
     """Run passes on IN and write OUT, or on many files with --out-dir."""
+    from onnxforge.jobs import refuse_entangled, refuse_report
     from onnxforge.manager import PassManager
     from onnxforge.registry import parse
 
     steps = parse(passes)
     gc.freeze()
     gc.enable()
-    only_checks = all(step.effect.value == "check" for step in steps)
+    if inputs is not None and not check_laws:
+        raise click.UsageError("--inputs goes with --check-laws")
+    only_checks = layout == "keep" and {step.effect.value for step in steps} == {"check"}
     jobs = _jobs(files, out_dir, writes=not (only_checks or dry_run))
-    threads = _workers(workers, max_memory)
+    refuse_entangled(jobs)
     if report is not None:
-        _refuse_report(report, {path for job in jobs for path in job if path}, force=force)
+        refuse_report(report, jobs, force=force)
+    feeds, workers = _inputs(inputs), _workers(workers, max_memory)
     runs: list[dict[str, Any]] = []
     with _documented(runs, style, report):
         for source, target in jobs:
             start = time.perf_counter()
             with _progress(source.name) as (observer, advance), _named(source, passes, runs):
                 manager = PassManager(
-                    steps, observers=[observer], check_laws=check_laws, inputs=_inputs(inputs)
+                    steps, observers=[observer], check_laws=check_laws, inputs=feeds
                 )
                 done = manager.run(
                     source,
                     None if dry_run else target,
                     layout=layout,
                     force=force,
-                    workers=threads,
+                    workers=workers,
                     progress=advance,
                 )
             runs.append(_record(source, target, done, time.perf_counter() - start))
@@ -138,16 +143,6 @@ def _documented(runs: list[dict[str, Any]], style: str, report: Path | None) -> 
             click.echo(text)
         if report is not None:
             _write_text(report, text + "\n")
-
-
-def _refuse_report(report: Path, models: set[Path], *, force: bool) -> None:
-    """Refuse a place for the report that would cost a model or cannot be written."""
-    from onnxforge.saving import data_path, refuse_to_overwrite
-
-    taken = {path.absolute() for model in models for path in (model, data_path(model))}
-    if report.absolute() in taken:
-        raise OnnxforgeError(f"--report {report}: is the place of a model")
-    refuse_to_overwrite([report.absolute()], force=force)
 
 
 def _record(source: Path, target: Path | None, done: Report, seconds: float) -> dict[str, Any]:
@@ -206,10 +201,10 @@ def _jobs(
         if len(set(names)) < len(names):
             raise click.UsageError("two inputs have the same name")
         return [(file, out_dir / file.name) for file in files]
-    if len(files) == 2:
+    if len(files) == 2 and (writes or not files[1].exists()):
         return [(files[0], files[1])]
-    if len(files) == 1 and not writes:
-        return [(files[0], None)]
+    if not writes:
+        return [(file, None) for file in files]
     raise click.UsageError("give IN and OUT, or inputs and --out-dir")
 
 
@@ -237,9 +232,9 @@ def _workers(workers: int | None, max_memory: str | None) -> int | None:
     except ValueError as error:
         raise click.UsageError(f"--max-memory: {error}") from None
     used = peak_memory() or 0
-    able = (limit - used) // _WORKER_BYTES
+    able = (limit - used - _OTHER_BYTES) // _WORKER_BYTES
     if able < 1:
-        needed = f"{math.ceil((used + _WORKER_BYTES) / 1e6)}MB"
+        needed = f"{math.ceil((used + _OTHER_BYTES + _WORKER_BYTES) / 1e6)}MB"
         raise OnnxforgeError(f"--max-memory {max_memory} is too little; {needed} is the least")
     return min(workers or default_workers(), able)
 
@@ -299,10 +294,13 @@ def list_passes(style: str) -> None:
     """List all passes, built in and installed."""
     from onnxforge.registry import entries, pass_class
 
-    rows = [
-        (name, pass_class(name).effect.value, _summary(pass_class(name)), entry.distribution)
-        for name, entry in entries().items()
-    ]
+    rows = []
+    for name, entry in entries().items():
+        try:
+            cls = pass_class(name)
+            rows.append((name, cls.effect.value, _summary(cls), entry.distribution))
+        except OnnxforgeError as error:
+            rows.append((name, "broken", str(error), entry.distribution))
     if style == "json":
         keys = ("name", "effect", "summary", "distribution")
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Witness", "digest", "payloads"]
 
+_Arrays = Mapping[str, np.ndarray]
 _SIZES = (8, 16, 64, 1, 3, 128)  # lengths to try for open axes
 
 
@@ -72,9 +73,7 @@ def _graph(model: ir.Model) -> bytes:
 class Witness:
     """Sees a model before a pass and holds the pass to its laws afterwards."""
 
-    def __init__(
-        self, step: Pass, model: ir.Model, inputs: Mapping[str, np.ndarray] | None = None
-    ) -> None:
+    def __init__(self, step: Pass, model: ir.Model, inputs: _Arrays | None = None) -> None:
         """Look at the model before the pass runs.
 
         Args:
@@ -117,36 +116,49 @@ class Witness:
             if (decoded := result.decoded.get(weight.where)) is not None:
                 weight.store(decoded)
         with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
-            expected_path = Path(folder) / "parent.onnx"
-            tier_path = Path(folder) / "tier.onnx"
-            save(parent, expected_path)
-            save(result.model, tier_path)
-            inputs, expected = _run(parent, expected_path, self._inputs)
+            expected, tier = Path(folder) / "parent.onnx", Path(folder) / "tier.onnx"
+            save(parent, expected)
+            save(result.model, tier)
+            for inputs in self._samples(parent, expected):
+                self._compare(expected, tier, inputs)
+
+    def _samples(self, model: ir.Model, path: Path) -> list[_Arrays]:
+        """The inputs given, or two drawn of the first size that the model runs on."""
+        if self._inputs is not None:
+            return [self._inputs]
+        needed = [value for value in model.graph.inputs if not value.is_initializer()]
+        failure = None
+        for size in _SIZES:
+            drawn = random_inputs(needed, size=size)
             try:
-                found = run(tier_path, inputs)
+                run(path, drawn)
             except RuntimeFailed as error:
-                raise BrokenPass(
-                    f"{self._step.name} made a model that does not run: {error}"
-                ) from error
-        for output, values in expected.items():
-            if found[output].tobytes() != values.tobytes():
-                raise BrokenPass(
-                    f"{self._step.name} is not bit-equal to its parent: output {output!r}"
-                )
+                failure = failure or error
+                continue
+            # Both branches of an If on an input are to be seen.
+            flipped = {k: ~v if v.dtype == np.bool_ else v for k, v in drawn.items()}
+            return [drawn, random_inputs(needed, size=size, seed=1) | _booleans(flipped)]
+        raise Refused(f"the law needs inputs that the model runs on: {failure}")
 
-
-def _run(
-    model: ir.Model, path: Path, inputs: Mapping[str, np.ndarray] | None
-) -> tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]:
-    """Run a model on inputs, given or of the first size that it takes."""
-    if inputs is not None:
-        return inputs, run(path, inputs)
-    needed = [value for value in model.graph.inputs if not value.is_initializer()]
-    failure = None
-    for size in _SIZES:
-        drawn = random_inputs(needed, size=size)
+    def _compare(self, expected: Path, tier: Path, inputs: _Arrays) -> None:
+        name = self._step.name
         try:
-            return drawn, run(path, drawn)
+            wanted = run(expected, inputs)
         except RuntimeFailed as error:
-            failure = failure or error
-    raise Refused(f"the law needs inputs that the model runs on: {failure}")
+            raise Refused(f"the law needs inputs that the model runs on: {error}") from error
+        try:
+            found = run(tier, inputs)
+        except RuntimeFailed as error:
+            raise BrokenPass(f"{name} made a model that does not run: {error}") from error
+        if not wanted:
+            raise Refused("the law cannot compare: no output is a tensor of numbers")
+        for output, values in wanted.items():
+            if found[output].tobytes() == values.tobytes():
+                continue
+            if run(expected, inputs)[output].tobytes() != values.tobytes():
+                raise Refused(f"the law cannot compare: output {output!r} is random")
+            raise BrokenPass(f"{name} is not bit-equal to its parent: output {output!r}")
+
+
+def _booleans(arrays: _Arrays) -> dict[str, np.ndarray]:
+    return {name: array for name, array in arrays.items() if array.dtype == np.bool_}

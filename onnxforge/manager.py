@@ -107,6 +107,7 @@ class PassManager:
 
     codes: ClassVar[Mapping[str, str]] = {
         "OF901": "The ONNX checker does not accept the input; runtimes may load it still.",
+        "OF902": "A data file of the model that was replaced; the new one does not read it.",
     }
 
     def __init__(
@@ -201,6 +202,11 @@ class PassManager:
             )
             report.written = {str(path): size for path, size in saved.files.items()}
             report.layout = saved.layout
+            if str(Path(source).absolute()) in report.written:
+                report.findings += [
+                    Finding("OF902", path, "is not read any more", level="warning")
+                    for path in sorted(sizes.keys() - report.written.keys())
+                ]
         return report
 
     @property

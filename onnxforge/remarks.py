@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onnxforge.walk import proto_graphs, proto_tensors, scopes
+from onnxforge.walk import Scope, proto_graphs, proto_tensors, scopes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +46,8 @@ def remember(model: ir.Model, original: onnx.ModelProto, written: onnx.ModelProt
         written: The model as onnx_ir serializes it.
     """
     model.meta[_KEY] = list(original.training_info)
-    sides = zip(_messages(original), _messages(written), _graphs(model), strict=True)
-    for before, after, graph in sides:
+    sides = zip(_messages(original), _messages(written), _scopes(model), strict=True)
+    for before, after, scope in sides:
         described = {t.name for t in _initializers(before)} & {
             v.name for v in before.value_info
         }
@@ -56,7 +56,7 @@ def remember(model: ir.Model, original: onnx.ModelProto, written: onnx.ModelProt
             known = {getattr(entry, key) for entry in getattr(after, field)}
             entries = getattr(before, field)
             extras[field] = [e for e in entries if getattr(e, key) not in known]
-        graph.meta[_KEY] = _Remarks(frozenset(described), extras)
+        scope.graph.meta[_KEY] = _Remarks(frozenset(described), extras)
 
 
 def mend(model: ir.Model, written: onnx.ModelProto) -> None:
@@ -66,8 +66,8 @@ def mend(model: ir.Model, written: onnx.ModelProto) -> None:
         if len(entries) < len(tensor.metadata_props):
             del tensor.metadata_props[len(entries) :]
     written.training_info.extend(model.meta.get(_KEY, []))
-    for after, graph in zip(_messages(written), _graphs(model), strict=True):
-        remarks = graph.meta.get(_KEY, _Remarks(frozenset(), {}))
+    for after, scope in zip(_messages(written), _scopes(model), strict=True):
+        remarks = scope.graph.meta.get(_KEY, _Remarks(frozenset(), {}))
         added = {tensor.name for tensor in _initializers(after)} - remarks.described
         for i in reversed(range(len(after.value_info))):
             if after.value_info[i].name in added:
@@ -76,13 +76,15 @@ def mend(model: ir.Model, written: onnx.ModelProto) -> None:
             there = {getattr(entry, _FIELDS[field]) for entry in getattr(after, field)}
             kept = [e for e in entries if getattr(e, _FIELDS[field]) not in there]
             getattr(after, field).extend(kept)
+            if field == "value_info":
+                _retype(list(after.value_info)[len(after.value_info) - len(kept) :], scope)
 
 
 def copy(source: ir.Model, target: ir.Model) -> None:
     """Note the same at a copy of a model."""
     target.meta.update(source.meta)
-    for ours, theirs in zip(_graphs(source), _graphs(target), strict=True):
-        theirs.meta.update(ours.meta)
+    for ours, theirs in zip(_scopes(source), _scopes(target), strict=True):
+        theirs.graph.meta.update(ours.graph.meta)
 
 
 def names(graph: ir.Graph) -> set[str]:
@@ -97,13 +99,29 @@ def _messages(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.Functio
     yield from model.functions
 
 
-def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    """The graphs of a model in the order of `_messages`."""
-    for scope in scopes(model):
-        if scope.parent is not None or scope.function is None:
-            yield scope.graph
-    for function in model.functions.values():
-        yield function.graph
+def _scopes(model: ir.Model) -> Iterator[Scope]:
+    """The graphs of a model in the order of `_messages`: functions last."""
+    found = list(scopes(model))
+    yield from (s for s in found if s.parent is not None or s.function is None)
+    yield from (s for s in found if s.parent is None and s.function is not None)
+
+
+def _retype(entries: list[onnx.ValueInfoProto], scope: Scope) -> None:
+    """Give remarks on values of an outer scope the type those have by now."""
+    outer, pending = scope.parent, {entry.name: entry for entry in entries}
+    while outer is not None and pending:
+        defined = _defined(outer.graph)
+        for name in pending.keys() & defined.keys():
+            entry, dtype = pending.pop(name), defined[name].dtype
+            if dtype is not None and entry.type.HasField("tensor_type"):
+                entry.type.tensor_type.elem_type = dtype.value
+        outer = outer.parent
+
+
+def _defined(graph: ir.Graph) -> dict[str, ir.Value]:
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [output for node in graph for output in node.outputs]
+    return {value.name or "": value for value in values}
 
 
 def _fields(message: onnx.GraphProto | onnx.FunctionProto) -> list[tuple[str, str]]:

@@ -441,11 +441,11 @@ WRONG = {
         ["--max-memory 1MB is too little", "MB is the least"],
     ),
     "inputs": (
-        [*FP16W, "--inputs", "no.npz", "nameless.onnx", "o.onnx"],
+        [*FP16W, "--check-laws", "--inputs", "no.npz", "nameless.onnx", "o.onnx"],
         ["no.npz"],
     ),
     "inputs that are text": (
-        [*FP16W, "--inputs", "text.onnx", "nameless.onnx", "o.onnx"],
+        [*FP16W, "--check-laws", "--inputs", "text.onnx", "nameless.onnx", "o.onnx"],
         ["text.onnx", "no .npz of inputs"],
     ),
     "inspect": (["inspect", "none.onnx"], ["none.onnx", "No such file"]),
@@ -797,7 +797,7 @@ def test_inputs_that_are_no_npz_are_one_line(forge, folder: Path, kind: str) -> 
             np.save(file, np.ones(3))
     else:
         Path("i.npz").write_bytes(b"" if kind == "empty" else whole[: len(whole) // 2])
-    done = forge(*FP16W, "--inputs", "i.npz", "nameless.onnx", "--dry-run")
+    done = forge(*FP16W, "--check-laws", "--inputs", "i.npz", "nameless.onnx", "--dry-run")
     assert done.code == 2
     assert_one_line(done, "i.npz", "no .npz of inputs")
 

@@ -86,14 +86,14 @@ def test_overloads_of_a_function_have_paths_of_their_own() -> None:
 
 def test_a_body_in_a_function_knows_its_function() -> None:
     model = model_io.from_proto(many())
-    inner = [scope for scope in scopes(model) if scope.path == "local::f/If_2/else_branch/"]
+    inner = [scope for scope in scopes(model) if scope.path == "local::f/If#2/else_branch/"]
     (function,) = model.functions.values()
     assert [scope.function for scope in inner] == [function]
 
 
 def test_a_node_without_a_name_is_called_by_operator_and_position() -> None:
     node = ir.node("Neg", [])
-    assert label(node, 3) == "Neg_3"
+    assert label(node, 3) == "Neg#3"
     node.name = "mine"
     assert label(node, 3) == "mine"
 

@@ -152,7 +152,7 @@ g (float[N] x, bool flag) => (float[N] y) {
 f (u) => (v) { k = Constant <value_float = 2.0> () v = Mul(u, k) }"""
     weights = Weights(model_io.from_proto(parser.parse_model(text)))
     versions = [(w.where, w.scope.opset_imports[""]) for w in weights]
-    assert versions == [("If_0/then_branch/c", 18), ("local::f/k", 17)]
+    assert versions == [("If#0/then_branch/c", 18), ("local::f/k", 17)]
 
 
 def test_outputs_overridable_and_needed_constants_are_known() -> None:
@@ -183,7 +183,7 @@ def test_a_constant_that_its_body_gives_back_is_an_output() -> None:
         "float w = {2}",
     )
     outputs = {weight.where: weight.is_output for weight in Weights(made)}
-    assert outputs == {"w": False, "If_0/then_branch/a": True}
+    assert outputs == {"w": False, "If#0/then_branch/a": True}
 
 
 def test_an_inner_name_that_hides_an_outer_one_is_another_weight() -> None:
@@ -194,8 +194,8 @@ def test_an_inner_name_that_hides_an_outer_one_is_another_weight() -> None:
     )
     found = {w.where: (w.tensor.numpy().item(), uses(w)) for w in Weights(made)}
     assert found == {
-        "If_0/then_branch/w": (1.0, ["If_0/then_branch/Neg_0 0"]),
-        "If_0/else_branch/w": (2.0, ["If_0/else_branch/Neg_0 0"]),
+        "If#0/then_branch/w": (1.0, ["If#0/then_branch/Neg#0 0"]),
+        "If#0/else_branch/w": (2.0, ["If#0/else_branch/Neg#0 0"]),
     }
 
 
@@ -230,7 +230,7 @@ def test_no_weight_is_missed_and_none_is_found_twice(name: str) -> None:
 def test_every_form_of_a_constant_is_a_tensor(attribute: str, expected: np.ndarray) -> None:
     (weight,) = Weights(model(f"c = Constant <{attribute}> () y = Mul(x, c)"))
     seen = weight.tensor.numpy()
-    assert (weight.where, uses(weight)) == ("c", ["Mul_1 1"])
+    assert (weight.where, uses(weight)) == ("c", ["Mul#1 1"])
     assert (seen.dtype, seen.shape) == (expected.dtype, expected.shape)
     assert seen.tobytes() == expected.tobytes()
     assert weight.nbytes == expected.nbytes
@@ -267,21 +267,21 @@ def test_tensors_in_attributes_of_other_nodes_are_weights_without_a_value() -> N
     found = by_path(Weights(made))
     sizes = {path: weight.nbytes for path, weight in found.items()}
     assert sizes == {
-        "ConstantOfShape_0.value": 4,
-        "Mix_1.tables[0]": 8,
-        "Mix_1.tables[1]": 12,
+        "ConstantOfShape#0.value": 4,
+        "Mix#1.tables[0]": 8,
+        "Mix#1.tables[1]": 12,
     }
     for weight in found.values():
         assert weight.value is None
         assert weight.uses == ()
         assert not weight.is_overridable
-    assert found["Mix_1.tables[0]"].node is mix
+    assert found["Mix#1.tables[0]"].node is mix
 
 
 def test_a_constant_of_another_domain_is_an_operator_like_any_other() -> None:
     made = model("c = org.example.Constant <value = float[1] {3}> () y = Mul(x, c)")
     (weight,) = Weights(made)
-    assert (weight.where, weight.value) == ("Constant_0.value", None)
+    assert (weight.where, weight.value) == ("Constant#0.value", None)
 
 
 def test_only_ai_onnx_operators_need_constants() -> None:
@@ -456,7 +456,7 @@ def test_a_constant_node_takes_another_tensor_whatever_its_form(attribute: str) 
     assert value(made, "c").dtype == ir.DataType.FLOAT16
     (again,) = Weights(made)
     assert again.tensor is tensor
-    assert (again.where, uses(again)) == ("c", ["Cast_1 0"])
+    assert (again.where, uses(again)) == ("c", ["Cast#1 0"])
 
 
 @pytest.mark.parametrize("count", [0, 5, 300_000])
@@ -480,7 +480,7 @@ REASONS = {
     "y2": "OF206",
     "override": "OF207",
     "unread": "OF208",
-    "Mix_5.table": "OF209",
+    "Mix#5.table": "OF209",
     "left_out": "OF202",
 }
 
@@ -567,7 +567,7 @@ def test_a_glob_matches_names_and_paths_of_weights_and_of_their_readers(
 
 
 def test_a_node_without_a_name_is_called_by_operator_and_position() -> None:
-    assert chosen_of(weights_of("nameless"), "MatMul_0") == ["up_w"]
+    assert chosen_of(weights_of("nameless"), "MatMul#0") == ["up_w"]
 
 
 def test_exclude_wins_over_include() -> None:

@@ -101,7 +101,7 @@ def test_a_function_is_as_pure_as_its_body() -> None:
 def test_bodies_in_functions_are_searched() -> None:
     assert offences(read(NESTED)) == [
         ("OF101", "local::outer/choice/then_branch/inner/then_branch/deep"),
-        ("OF101", "local::outer/choice/else_branch/FastGelu_0"),
+        ("OF101", "local::outer/choice/else_branch/FastGelu#0"),
     ]
 
 
