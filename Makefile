@@ -57,7 +57,8 @@ clients: $(READY) ## try models in Chromium, node, Rust and Python, CLIENTS='...
 	$(BIN)/python tests/clients/run.py $(CLIENTS)
 
 clean: ## remove what make made
-	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .runtimes
+	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	    .clients .runtimes fixtures/built
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -27,7 +27,7 @@ from onnx import TensorProto
 
 from onnxforge.errors import CheckFailed, ModelError, Refused
 from onnxforge.manager import PassManager
-from onnxforge.numerics import Accumulator
+from onnxforge.numerics.metrics import Accumulator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -16,6 +16,7 @@ __all__ = [
     "ModelError",
     "OnnxforgeError",
     "Refused",
+    "RuntimeFailed",
     "SpecError",
 ]
 
@@ -55,6 +56,10 @@ class ModelError(OnnxforgeError):
 
 class Refused(OnnxforgeError):
     """A pass declines this model; the message gives node, reason and the way out."""
+
+
+class RuntimeFailed(OnnxforgeError):
+    """onnxruntime is missing, does not load or run a model, or died of it."""
 
 
 class CheckFailed(OnnxforgeError):

@@ -1,4 +1,4 @@
-"""The laws that passes are held to, on any model: one for each effect, and two for all."""
+"""The laws that passes are held to, on any model: CHECK, LAYOUT, STORAGE, and two for all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxforge.core import Effect
-from onnxforge.errors import BrokenPass, Refused
-from onnxforge.lazy import BLOCK_BYTES, blocks, identity, reader
+from onnxforge.errors import BrokenPass, Refused, RuntimeFailed
+from onnxforge.lazy import identity, stream
 from onnxforge.numerics.samples import random_inputs
-from onnxforge.runtime.session import RuntimeFailed, run
+from onnxforge.runtime.session import run
 from onnxforge.saving import save
 from onnxforge.skeleton import skeleton, twin
 from onnxforge.walk import proto_tensors
@@ -45,10 +45,8 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
     found = []
     for weight in Weights(model):
         sha = hashlib.sha256()
-        read, buffer = reader(weight.tensor), np.empty(BLOCK_BYTES, np.uint8)
-        for start, stop in blocks(weight.tensor):
-            read(start, buffer[: stop - start])
-            sha.update(buffer[: stop - start].data)
+        for block in stream(weight.tensor):
+            sha.update(block.data)
         found.append((weight.where, sha.hexdigest()))
     return sorted(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -28,6 +28,7 @@ __all__ = [
     "blocks",
     "identity",
     "reader",
+    "stream",
 ]
 
 BLOCK_BYTES = 1 << 20
@@ -148,11 +149,7 @@ class _LazyTensor(ir.TensorProtocol):
 
     def tofile(self, file: Any) -> None:
         """Write all bytes to a file object, block by block."""
-        read = self.open_reader()
-        out = np.empty(BLOCK_BYTES, np.uint8)
-        for start, stop in blocks(self):
-            block = out[: stop - start]
-            read(start, block)
+        for block in stream(self):
             file.write(block.data)
 
     def numpy(self) -> np.ndarray:
@@ -283,6 +280,16 @@ def blocks(tensor: ir.TensorProtocol) -> list[tuple[int, int]]:
         per_block = int(BLOCK_BYTES // widest * tensor.dtype.itemsize)
     size = tensor.nbytes
     return [(start, min(start + per_block, size)) for start in range(0, size, per_block)]
+
+
+def stream(tensor: ir.TensorProtocol) -> Iterator[Bytes]:
+    """The bytes of a tensor in blocks; each block is overwritten by the next."""
+    read = reader(tensor)
+    buffer = np.empty(min(BLOCK_BYTES, tensor.nbytes), np.uint8)
+    for start, stop in blocks(tensor):
+        block = buffer[: stop - start]
+        read(start, block)
+        yield block
 
 
 def identity(tensor: ir.TensorProtocol) -> Hashable:

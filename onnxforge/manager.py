@@ -21,10 +21,12 @@ from onnxforge.registry import parse
 from onnxforge.saving import Layout, Progress, refuse_to_overwrite, save
 from onnxforge.verify import interface, problem
 
-__all__ = ["Observer", "PassManager", "PassReport", "Report"]
+__all__ = ["PIPELINE_KEY", "Observer", "PassManager", "PassReport", "Report"]
 
 PIPELINE_KEY = "onnxforge.pipeline"
-VERSION_KEY = "onnxforge.version"
+"""Key of the metadata in which a model says what passes it went through."""
+
+_VERSION_KEY = "onnxforge.version"
 
 
 class Observer(Protocol):
@@ -268,4 +270,4 @@ def _stamp(model: ir.Model, report: Report) -> None:
     if made:
         earlier = model.metadata_props.get(PIPELINE_KEY)
         model.metadata_props[PIPELINE_KEY] = ",".join([*([earlier] if earlier else []), *made])
-        model.metadata_props[VERSION_KEY] = importlib.metadata.version("onnxforge")
+        model.metadata_props[_VERSION_KEY] = importlib.metadata.version("onnxforge")

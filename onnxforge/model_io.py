@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str], *, editable: bool = True) -> ir.Model:
         return _build(file, proto, payloads, location, editable=editable)
     except ModelError as error:
         text = str(error)
-        raise ModelError(text if text.startswith("/") else f"{file}: {text}") from None
+        raise ModelError(text if text.startswith(file.anchor) else f"{file}: {text}") from None
 
 
 def _build(
@@ -154,15 +154,13 @@ def _deserialized(
         held = onnx.ModelProto(graph=graphs[0]), onnx.ModelProto(graph=graphs[1])
         if any(_external_entries(part) for part in held):
             raise ModelError("training graphs with external data are not supported")
-    try:
-        model = serde.deserialize_model(proto)
-    except (serde.SerdeError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"onnx_ir cannot represent the model: {root_cause(error)}") from error
     written: dict[int, _Entries] = {}
     external = False
 
     def resolve(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         nonlocal external
+        if tensor.dtype == ir.DataType.UNDEFINED:
+            raise ModelError(f"tensor {tensor.name!r}: has no data type")
         if not isinstance(tensor, ir.ExternalTensor):
             return tensor
         found = entries[tensor.location, tensor.offset, tensor.length]
@@ -171,7 +169,11 @@ def _deserialized(
         external = external or bool(stored.external)
         return stored
 
-    replace_tensors(model, resolve)
+    try:
+        model = serde.deserialize_model(proto)
+        replace_tensors(model, resolve)  # onnx_ir looks at the types in attributes only here
+    except (serde.SerdeError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"onnx_ir cannot represent the model: {root_cause(error)}") from error
     if len(set(map(id, written.values()))) < len(entries):
         raise ModelError("cannot be edited without loss: onnx_ir drops a tensor")
     model.meta[SOURCE] = Source(external, path)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from onnxforge.manager import PassReport, Report
 
 __all__ = [
-    "human_bytes",
     "inspection_as_dict",
     "inspection_as_text",
     "report_as_dict",
@@ -23,7 +22,7 @@ __all__ = [
 ]
 
 
-def human_bytes(count: int) -> str:
+def _human_bytes(count: int) -> str:
     """A number of bytes for people, in powers of 1000."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
@@ -73,7 +72,7 @@ def report_as_text(report: Report, *, verbose: bool = False) -> str:
         before, after = sum(report.source.values()), sum(report.written.values())
         share = f" ({100 * after / before:.1f} %)" if before else ""
         lines.append(
-            f"  {human_bytes(before)} -> {human_bytes(after)}{share}, {report.layout}"
+            f"  {_human_bytes(before)} -> {_human_bytes(after)}{share}, {report.layout}"
         )
     return "\n".join(lines)
 
@@ -87,7 +86,7 @@ def _step_lines(step: PassReport, *, verbose: bool) -> Iterator[str]:
     for fate in Fate:
         count, size = step.tally(fate)
         if count:
-            yield f"    {count} weights {fate.value}, {human_bytes(size)}"
+            yield f"    {count} weights {fate.value}, {_human_bytes(size)}"
             if fate is not Fate.TREATED:
                 yield from _reasons(f for f in step.findings if f.fate is fate)
     for finding in step.findings:
@@ -101,7 +100,7 @@ def _reasons(findings: Iterable[Finding]) -> Iterator[str]:
     for finding in findings:
         grouped.setdefault((finding.code, finding.message), []).append(finding)
     for (code, message), group in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        size = human_bytes(sum(finding.nbytes for finding in group))
+        size = _human_bytes(sum(finding.nbytes for finding in group))
         if len(group) == 1:
             yield f"      {group[0]}: {size}"
         else:

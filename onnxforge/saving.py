@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ["Layout", "Saved", "data_path", "save"]
+__all__ = ["Layout", "Progress", "Saved", "data_path", "refuse_to_overwrite", "save"]
 
 Layout = Literal["keep", "inline", "sidecar"]
 Progress = Callable[[int, int], None]

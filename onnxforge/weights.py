@@ -17,7 +17,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxforge import remarks
-from onnxforge.lazy import BLOCK_BYTES, blocks, reader
 from onnxforge.storage.writer import default_workers
 from onnxforge.walk import Scope, label, scopes
 
@@ -32,7 +31,6 @@ __all__ = [
     "for_each",
     "needed_constants",
     "needs_constant",
-    "stream",
 ]
 
 _T = TypeVar("_T")
@@ -379,16 +377,6 @@ def _names(all_scopes: Iterable[Scope]) -> set[str]:
             names.add(node.name or "")
         names.update(value.name or "" for value in values if value is not None)
     return names
-
-
-def stream(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
-    """The values of a tensor in flat blocks; each block is overwritten by the next."""
-    read = reader(tensor)
-    buffer = np.empty(min(BLOCK_BYTES, tensor.nbytes), np.uint8)
-    for start, stop in blocks(tensor):
-        block = buffer[: stop - start]
-        read(start, block)
-        yield block.view(tensor.dtype.numpy())
 
 
 def for_each(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:

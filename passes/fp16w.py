@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
 from onnxforge.errors import Refused
-from onnxforge.lazy import DerivedTensor
+from onnxforge.lazy import DerivedTensor, stream
 from onnxforge.numerics.half import OVERFLOW, SMALLEST_NORMAL, narrow, narrow_finite
 from onnxforge.options import ByteSize
 from onnxforge.selection import CODES, Selection
-from onnxforge.weights import Use, Weight, Weights, for_each, stream
+from onnxforge.weights import Use, Weight, Weights, for_each
 
 __all__ = ["WeightsFp16CastPass"]
 
@@ -126,7 +126,8 @@ def _scan(weight: Weight) -> _Narrow | Finding:
         return obstacle
     finite = True
     is_tiny = weight.tensor.size <= _TINY
-    for block in stream(weight.tensor):
+    for content in stream(weight.tensor):
+        block = content.view(np.float32)
         # NaN makes both extremes NaN and an infinity is one, so this settles most blocks.
         if block.min() > -OVERFLOW and block.max() < OVERFLOW and not is_tiny:
             continue

@@ -1,5 +1,1 @@
 """Arithmetic on tensors: comparing, quantizing, calibrating."""
-
-from onnxforge.numerics.metrics import Accumulator, Comparison, compare
-
-__all__ = ["Accumulator", "Comparison", "compare"]

@@ -41,10 +41,10 @@ _STEPS: tuple[tuple[tuple[int, int], int, int], ...] = (
 )
 _LAST = (1, 31)
 
-OLDEST = "1.17"
+OLDEST = "{}.{}".format(*_STEPS[0][0])
 """The oldest release that is in the table."""
 
-NEWEST = "1.31"
+NEWEST = "{}.{}".format(*_LAST)
 """The newest release that is in the table."""
 
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(?:\d+|x|\*))?", re.ASCII)

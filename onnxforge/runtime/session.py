@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import RuntimeFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["RuntimeFailed", "run"]
+__all__ = ["run"]
 
 _CHILD = """
 import sys
@@ -46,10 +46,6 @@ numpy.savez(
 """
 
 
-class RuntimeFailed(OnnxforgeError):
-    """The runtime does not load or run a model, or died of it."""
-
-
 def run(model: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run a model on the installed onnxruntime, processor only, on one thread.
 
@@ -64,7 +60,7 @@ def run(model: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         RuntimeFailed: onnxruntime is missing, raised, or crashed; the message says which.
     """
     if importlib.util.find_spec("onnxruntime") is None:
-        raise RuntimeFailed("onnxruntime is missing: pip install 'onnxforge[ort]'")
+        raise RuntimeFailed("onnxruntime is missing: pip install onnxruntime")
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
         feeds, results = Path(folder) / "in.npz", Path(folder) / "out.npz"
         arrays: dict[str, Any] = {f"value{i}": v for i, v in enumerate(inputs.values())}

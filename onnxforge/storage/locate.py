@@ -107,7 +107,7 @@ def external_numbers(
     Raises:
         ModelError: A key is unknown or a number is none.
     """
-    if unknown := sorted(set(entries) - _KEYS):
+    if unknown := sorted(set(entries) - _KEYS, key=repr):
         location = entries.get("location", "")
         raise ModelError(
             f"tensor {name!r}: unknown external data key {unknown[0]!r} for {location!r}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +23,7 @@ from onnxforge.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["PAYLOAD_BYTES", "Payload", "excise", "mark", "splice"]
+__all__ = ["PAYLOAD_BYTES", "Payload", "excise", "splice"]
 
 PAYLOAD_BYTES = 1024
 """Payloads of at least this many bytes stay on disk."""
@@ -36,11 +37,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "function": {7: "node", 11: "attribute"},
 }
 _FLOAT_DATA, _RAW_DATA, _DOUBLE_DATA = 4, 9, 10
-_PAYLOADS = (
-    _FLOAT_DATA,
-    _RAW_DATA,
-    _DOUBLE_DATA,
-)  # fields whose bytes are little-endian values
+_PAYLOADS = (_FLOAT_DATA, _RAW_DATA, _DOUBLE_DATA)  # their bytes are little-endian values
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 100  # protobuf's own parsers stop there
@@ -234,12 +231,12 @@ class _Excise(_Rewriter):
                 value = field
         if value is None or value.end - value.start < PAYLOAD_BYTES:
             return None
-        stub = mark(self.location, len(self.payloads))
+        stub = _mark(self.location, len(self.payloads))
         self.payloads.append(Payload(value.start, value.end - value.start, value.number))
         return [_Span(start, value.tag), _Span(value.end, end), _Literal(stub)]
 
 
-def mark(location: str, index: int) -> bytes:
+def _mark(location: str, index: int) -> bytes:
     """Encoded TensorProto fields that send the reader of a tensor to payload ``index``."""
     entries = b""
     for key, value in (("location", location), ("offset", str(index))):
@@ -275,32 +272,23 @@ def excise(path: str, fd: int, size: int, location: str) -> tuple[bytes, list[Pa
         raise ModelError(f"{path}: not an ONNX model (damaged or cut protobuf)") from None
     except RecursionError:
         raise ModelError(f"{path}: graphs are nested too deep") from None
-    source = _File(fd)
-    parts = [p.content if isinstance(p, _Literal) else _read(source, p) for p in pieces]
+    parts = [_content(piece, walk.data) for piece in pieces if not isinstance(piece, _Hole)]
     return b"".join(parts), walk.payloads
 
 
-def _read(source: _Bytes, piece: _Span | _Hole) -> bytes:
-    assert isinstance(piece, _Span)
-    return source[piece.start : piece.end]
+def _content(piece: _Span | _Literal, source: _Bytes) -> bytes:
+    return piece.content if isinstance(piece, _Literal) else source[piece.start : piece.end]
 
 
 class _Splice(_Rewriter):
     def __init__(self, data: bytes, location: str, payloads: Mapping[int, Payload]) -> None:
         super().__init__(data)
         self.payloads = payloads
-        self.marks: dict[int, int] = {}  # position of a mark -> payload
-        needle = location.encode()
-        at = data.find(needle)
-        while at >= 0:
-            self.marks[at] = -1
-            at = data.find(needle, at + 1)
-        self.positions: Sequence[int] = sorted(self.marks)
-        self.bytes = data
+        self.marks = [m.start() for m in re.finditer(re.escape(location.encode()), data)]
 
     def interesting(self, field: _Field) -> bool:
-        i = bisect.bisect_left(self.positions, field.start)
-        return i < len(self.positions) and self.positions[i] < field.end
+        i = bisect.bisect_left(self.marks, field.start)
+        return i < len(self.marks) and self.marks[i] < field.end
 
     def tensor(self, start: int, end: int) -> list[_Piece] | None:
         fields = list(_fields(self.data, start, end))
@@ -324,7 +312,7 @@ class _Splice(_Rewriter):
     def _index(self, entries: Sequence[_Field]) -> int:
         for entry in entries:
             words = [
-                self.bytes[f.start : f.end] for f in _fields(self.data, entry.start, entry.end)
+                self.data[f.start : f.end] for f in _fields(self.data, entry.start, entry.end)
             ]
             if words[0] == b"offset":
                 return int(words[1])
@@ -354,9 +342,5 @@ def splice(
             file += [b"".join(literal), piece.index]
             literal.clear()
         else:
-            literal.append(
-                piece.content
-                if isinstance(piece, _Literal)
-                else skeleton[piece.start : piece.end]
-            )
+            literal.append(_content(piece, skeleton))
     return [*file, b"".join(literal)]

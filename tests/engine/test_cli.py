@@ -863,3 +863,40 @@ def test_a_failed_check_prints_its_findings_as_json(forge, folder) -> None:
     done = forge("run", "--passes", "assert-pure", "--format", "json", source)
     assert done.code == 1
     assert [f["code"] for f in done.document["runs"][0]["passes"][0]["findings"]]
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    peaks = []
+    for rows in (1 << 10, 1 << 17):
+        tensor = onnx.TensorProto(name="w", data_type=1, dims=[rows, 512], data_location=1)
+        tensor.external_data.add(key="location", value="w.bin")
+        with (tmp_path / "w.bin").open("wb") as data:
+            data.truncate(rows * 512 * 4)
+        ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])
+        y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 512])
+        node = onnx.helper.make_node("Gather", ["w", "ids"], ["y"])
+        graph = onnx.helper.make_graph([node], "table", [ids], [y], [tensor])
+        opset = onnx.helper.make_opsetid("", 17)
+        model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[opset])
+        (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+        code = "from onnxforge.cli import main; main()"
+        words = [
+            "run",
+            "--passes",
+            "fp16w",
+            "--force",
+            "--format",
+            "json",
+            "in.onnx",
+            "out.onnx",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(json.loads(done.stdout)["runs"][0]["peak_memory"])
+    if None not in peaks:
+        assert peaks[1] - peaks[0] < 32 << 20, "256 MB more of weights"

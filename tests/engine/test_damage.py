@@ -88,7 +88,7 @@ def test_external_data_without_location_are_refused(tmp_path, entries):
 
 
 @pytest.mark.parametrize("data_type", [0, 8, 99])
-@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("where", ["outside", "inside", "Constant"])
 def test_a_type_without_bytes_is_refused(tmp_path, data_type, where):
     path = tmp_path / "m.onnx"
     (tmp_path / "data.bin").write_bytes(bytes(4096))
@@ -99,6 +99,9 @@ def test_a_type_without_bytes_is_refused(tmp_path, data_type, where):
             name="enc/w", data_type=data_type, dims=[256], raw_data=bytes(1024)
         )
         graph = helper.make_graph([], "g", [], [], [weight])
+        if where == "Constant":
+            node = helper.make_node("Constant", [], ["c"], value=weight)
+            graph = helper.make_graph([node], "g", [], [])
         path.write_bytes(helper.make_model(graph, ir_version=9).SerializeToString())
     with pytest.raises(ModelError) as raised:
         model_io.load(path)

@@ -21,7 +21,15 @@ from onnx import numpy_helper
 
 from onnxforge import lazy, model_io, saving
 from onnxforge.errors import ModelError
-from onnxforge.lazy import DataFile, DerivedTensor, FileTensor, blocks, identity, reader
+from onnxforge.lazy import (
+    DataFile,
+    DerivedTensor,
+    FileTensor,
+    blocks,
+    identity,
+    reader,
+    stream,
+)
 from onnxforge.storage import writer
 
 KNOWN = set(onnx.TensorProto.DataType.values())  # the installed onnx may be older
@@ -564,3 +572,12 @@ def test_onnx_ir_saves_lazy_tensors(
     path = tmp_path / "model.onnx"
     ir.save(holding(every_lazy), path, external_data=external, size_threshold_bytes=0)
     assert_holds(onnx.load(path), every_lazy)
+
+
+@pytest.mark.parametrize("count", [0, 5, 300_000])
+def test_streamed_blocks_are_the_values_in_order(count: int) -> None:
+    values = np.arange(count, dtype=np.float32).reshape(-1, 5)
+    blocks = [block.view(np.float32).copy() for block in stream(ir.tensor(values))]
+    assert all(block.ndim == 1 and block.nbytes <= 1 << 20 for block in blocks)
+    whole = np.concatenate([np.zeros(0, np.float32), *blocks])
+    assert whole.tobytes() == values.tobytes()

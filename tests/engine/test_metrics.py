@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.spatial import distance
 
-from onnxforge.numerics import Accumulator, Comparison, compare
+from onnxforge.numerics.metrics import Accumulator, Comparison, compare
 from onnxforge.numerics.streaming import HISTOGRAM_ERROR, CompensatedSum, Percentiles
 
 SUMMED = ("mean_abs", "sqnr_db", "cosine")

@@ -16,7 +16,7 @@ from onnxforge.core import Fate
 from onnxforge.errors import Refused
 from onnxforge.options import ByteSize
 from onnxforge.selection import CODES, Selection
-from onnxforge.weights import Weight, Weights, for_each, needs_constant, stream
+from onnxforge.weights import Weight, Weights, for_each, needs_constant
 from support import fixtures, oracle, payload
 
 FLOAT = frozenset({ir.DataType.FLOAT})
@@ -457,15 +457,6 @@ def test_a_constant_node_takes_another_tensor_whatever_its_form(attribute: str) 
     (again,) = Weights(made)
     assert again.tensor is tensor
     assert (again.where, uses(again)) == ("c", ["Cast#1 0"])
-
-
-@pytest.mark.parametrize("count", [0, 5, 300_000])
-def test_streamed_blocks_are_the_values_in_order(count: int) -> None:
-    values = np.arange(count, dtype=np.float32).reshape(-1, 5)
-    blocks = [block.copy() for block in stream(ir.tensor(values))]
-    assert all(block.ndim == 1 and block.nbytes <= 1 << 20 for block in blocks)
-    whole = np.concatenate([np.zeros(0, np.float32), *blocks])
-    assert whole.tobytes() == values.tobytes()
 
 
 def test_work_on_threads_comes_back_in_order() -> None:

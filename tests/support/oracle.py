@@ -23,8 +23,6 @@ Arrays = dict[str, Array]
 Model = ModelProto | str | Path
 Tensors = Callable[[Array], Array]
 
-_DEFAULT_NAN = np.uint32(0x00400000)
-
 
 class Crashed(Exception):
     """The runtime killed its process."""
