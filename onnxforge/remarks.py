@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onnxforge.errors import ModelError
 from onnxforge.walk import Scope, proto_graphs, proto_tensors, scopes
 
 if TYPE_CHECKING:
@@ -44,10 +45,19 @@ def remember(model: ir.Model, original: onnx.ModelProto, written: onnx.ModelProt
         model: What onnx_ir made of ``original``.
         original: The model as it was.
         written: The model as onnx_ir serializes it.
+
+    Raises:
+        ModelError: onnx_ir does not see all graphs of the model.
     """
     model.meta[_KEY] = list(original.training_info)
-    sides = zip(_messages(original), _messages(written), _scopes(model), strict=True)
-    for before, after, scope in sides:
+    befores, afters, all_scopes = (
+        list(_messages(original)),
+        list(_messages(written)),
+        list(_scopes(model)),
+    )
+    if not len(befores) == len(afters) == len(all_scopes):
+        raise ModelError("an attribute holds a graph that its type does not tell of")
+    for before, after, scope in zip(befores, afters, all_scopes, strict=True):
         described = {t.name for t in _initializers(before)} & {
             v.name for v in before.value_info
         }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxforge import model_io, saving
+from onnxforge import PassManager, model_io, saving
 from onnxforge.errors import ModelError
 from onnxforge.fidelity import difference
 from support import fixtures, oracle, payload
@@ -191,3 +194,76 @@ def test_data_of_the_input_are_never_overwritten(tmp_path):
     with pytest.raises(ModelError, match=r"b\.onnx_data"):
         saving.save(model_io.load(source), tmp_path / "b.onnx", force=True)
     assert payload.tensor_digests(source) == before
+
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
+
+
+def captured(condition: str, user: str) -> onnx.ModelProto:
+    """A weight that a branch reads, whose type the branch remarks on as well."""
+    model = onnx.parser.parse_model(
+        HEADER
+        + f"""g (float[n,2] x) => (float[n,2] y)
+        <float[2,2] w = {{1.0, 2.0, 3.0, 4.0}}> {{
+            b = Constant<value = bool {{{condition}}}>()
+            y = If (b) <
+                then_branch = one () => (float[n,2] p) {{ {user} }},
+                else_branch = two () => (float[n,2] q) {{ q = Neg(x) }}
+            >
+        }}"""
+    )
+    info_of_w = helper.make_tensor_value_info("w", TensorProto.FLOAT, [2, 2])
+    model.graph.node[-1].attribute[0].g.value_info.append(info_of_w)
+    return model
+
+
+@pytest.mark.parametrize("user", ["p = MatMul(x, w)", "i = Cast<to=7>(x) p = MatMul(x, w)"])
+def test_remarks_on_a_captured_weight_follow_its_type(user):
+    model = captured("1", user)
+    tier, _ = PassManager("fp16w{min_bytes=0}").apply(model)
+    (remark,) = tier.graph.node[-1].attribute[0].g.value_info[-1:]
+    assert (remark.name, remark.type.tensor_type.elem_type) == ("w", TensorProto.FLOAT16)
+    inputs = {"x": np.ones((3, 2), np.float32)}
+    oracle.assert_bit_equal(oracle.run(tier, inputs), oracle.run(model, inputs))
+
+
+def test_a_data_file_that_another_model_reads_is_not_replaced(tmp_path):
+    source = fixtures.copied("external_one", tmp_path)
+    (tmp_path / "other.onnx").write_bytes(source.read_bytes())
+    before = payload.tensor_digests(tmp_path / "other.onnx")
+    with pytest.raises(ModelError, match=r"holds data of .*other\.onnx as well"):
+        PassManager("fp16w{min_bytes=0}").run(source, source, force=True)
+    assert payload.tensor_digests(tmp_path / "other.onnx") == before
+    assert payload.tensor_digests(source) == before
+
+
+def test_small_external_tensors_of_an_ir_model_are_saved(tmp_path):
+    values = numpy_helper.from_array(np.ones(32, np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "g",
+        [info("x", 32)],
+        [info("y", 32)],
+        [values],
+    )
+    model = helper.make_model(graph, opset_imports=OPSETS[:1], ir_version=8)
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, size_threshold=0)
+    (tmp_path / "to").mkdir()
+    saving.save(ir.load(tmp_path / "a.onnx"), tmp_path / "to" / "b.onnx")
+    found = onnx.load(tmp_path / "to" / "b.onnx")
+    assert numpy_helper.to_array(found.graph.initializer[0]).tolist() == [1] * 32
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, force):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(ModelError, match="not a regular file"):
+        saving.save(
+            model_io.load(fixtures.built("nameless")), tmp_path / "pipe.onnx", force=force
+        )
+
+
+def test_a_dangling_link_counts_as_taken(tmp_path):
+    (tmp_path / "link.onnx").symlink_to("nowhere.onnx")
+    with pytest.raises(ModelError, match="exists; --force"):
+        saving.save(model_io.load(fixtures.built("nameless")), tmp_path / "link.onnx")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxforge import PassManager, load, save
 from onnxforge.core import Fate
-from onnxforge.errors import Refused
+from onnxforge.errors import Refused, SpecError
+from onnxforge.options import ByteSize
 from onnxforge.passes.fp16w import WeightsFp16CastPass
 from onnxforge.weights import Weights
 from support import fixtures, models, oracle, tiers
@@ -329,6 +331,79 @@ def test_interface_and_names_stay() -> None:
     assert {t.name for t in again.graph.initializer} == {
         t.name for t in before.graph.initializer
     }
+
+
+def test_a_scale_that_reaches_its_resize_through_identity_stays() -> None:
+    assert (
+        "OF205"
+        in fates(
+            onnx.parser.parse_model(
+                HEADER
+                + """g (float[1,1,a,b] x) => (float[1,1,c,d] y)
+            <float[4] s = {1.0, 1.0, 2.1, 2.1}> { i = Identity(s) y = Resize(x, , i) }"""
+            )
+        ).values()
+    )
+
+
+def test_names_of_nodes_work_on_a_tier_as_well() -> None:
+    step = WeightsFp16CastPass(min_bytes=0, include=("add",))
+    tier, _ = step.apply(weight_model(np.ones(500, np.float32)))
+    assert not step.apply(tier)[1].modified
+
+
+def test_a_weight_tied_to_one_that_stays_is_not_stored_twice(tmp_path: Path) -> None:
+    model = weight_model(np.ones(500, np.float32))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(500, np.float32), "v"))
+    model.graph.output.append(helper.make_tensor_value_info("v", TensorProto.FLOAT, [500]))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data")
+    tied = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    del tied.graph.initializer[1].external_data[:]
+    tied.graph.initializer[1].external_data.extend(tied.graph.initializer[0].external_data)
+    onnx.save(tied, tmp_path / "m.onnx")
+    report = PassManager("fp16w").run(tmp_path / "m.onnx", tmp_path / "t.onnx")
+    assert {f.where: f.code for f in report.passes[0].findings} == {"v": "OF206", "w": "OF211"}
+
+
+def test_the_long_name_of_the_standard_domain_is_the_standard_domain() -> None:
+    model = weight_model(np.ones(500, np.float32))
+    model.opset_import[0].domain = "ai.onnx"
+    assert fates(model) == {"w": "OF201"}
+
+
+def test_what_is_said_of_a_gathered_output_stays_with_it() -> None:
+    model = onnx.parser.parse_model(
+        HEADER
+        + """g (int64[n] i) => (float[n,2] y)
+        <float[2,2] w = {1.0, 2.0, 3.0, 4.0}> { y = Gather(w, i) }"""
+    )
+    model.graph.output[0].doc_string = "rows"
+    model.graph.output[0].type.denotation = "TENSOR"
+    annotation = model.graph.quantization_annotation.add(tensor_name="y")
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    tier, _ = EVERYTHING.apply(model)
+    assert tier.graph.output == model.graph.output
+    assert tier.graph.quantization_annotation == model.graph.quantization_annotation
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"on_overflow": "bogus"}, "keep"),
+        ({"exclude": "lm_head*"}, "tuple"),
+        ({"share": 3}, "share"),
+        ({"min_bytes": "64Kib2"}, "min_bytes"),
+    ],
+)
+def test_options_given_in_python_are_checked(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        WeightsFp16CastPass(**options)
+
+
+def test_options_given_in_python_take_their_type() -> None:
+    step = WeightsFp16CastPass(min_bytes="64KiB", include=["w"])  # type: ignore[arg-type]
+    assert step == WeightsFp16CastPass(min_bytes=ByteSize(65536), include=("w",))
+    assert hash(step)
 
 
 # --- properties ----------------------------------------------------------------------------

@@ -330,6 +330,9 @@ def test_types_inside_of_functions_move_and_come_back(tmp_path: Path) -> None:
     again.ir_version = 10
     (function,) = ir.to_proto(again).functions
     assert list(function.value_info) == [info]
+    (tmp_path / "in.onnx").write_bytes(before.SerializeToString())
+    manager = PassManager("set-ir{max=9}", check_laws=True)
+    assert manager.run(tmp_path / "in.onnx", tmp_path / "out.onnx").modified
 
 
 def test_a_version_from_the_future_is_refused() -> None:
