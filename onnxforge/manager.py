@@ -109,6 +109,7 @@ class PassManager:
 
     codes: ClassVar[Mapping[str, str]] = {
         "OF901": "The ONNX checker does not accept the input; runtimes may load it still.",
+        "OF903": "The law of an approx pass is held node by node in tests, not on your model.",
         "OF902": "A data file of the model that was replaced; the new one does not read it.",
     }
 
@@ -224,6 +225,11 @@ class PassManager:
             if reason is not None:
                 report.findings.append(Finding("OF901", "model", reason, level="warning"))
         for step in self.passes:
+            if self.check_laws and step.effect is Effect.APPROX:
+                unheld = Finding(
+                    "OF903", step.name, "its law is not held here", level="warning"
+                )
+                report.findings.append(unheld)
             for observer in self.observers:
                 observer.before(step, model)
             try:

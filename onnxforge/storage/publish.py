@@ -40,9 +40,10 @@ def publish(
 
     final = temporary(model, "tmp")
     if data is None:
-        with _cleaned([final]), _alone(model.parent):
+        with _cleaned([final]):
             write_model(final, "")
-            _replace(final, model)
+            with _alone(model.parent):
+                _replace(final, model)
         return
     interim, new_data, linked = (
         temporary(model, "interim"),
