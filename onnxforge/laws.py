@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,23 +120,20 @@ class Witness:
             for inputs in self._samples(parent, expected):
                 self._compare(expected, tier, inputs)
 
-    def _samples(self, model: ir.Model, path: Path) -> list[_Arrays]:
+    def _samples(self, model: ir.Model, path: Path) -> Sequence[_Arrays]:
         """The inputs given, or two drawn of the first size that the model runs on."""
         if self._inputs is not None:
             return [self._inputs]
         needed = [value for value in model.graph.inputs if not value.is_initializer()]
-        failure = None
+        failures: list[RuntimeFailed] = []
         for size in _SIZES:
             drawn = random_inputs(needed, size=size)
-            try:
-                run(path, drawn)
-            except RuntimeFailed as error:
-                failure = failure or error
-                continue
             # Both branches of an If on an input are to be seen.
-            flipped = {k: ~v if v.dtype == np.bool_ else v for k, v in drawn.items()}
-            return [drawn, random_inputs(needed, size=size, seed=1) | _booleans(flipped)]
-        raise Refused(f"the law needs inputs that the model runs on: {failure}")
+            flipped = {k: ~v for k, v in drawn.items() if v.dtype == np.bool_}
+            other = random_inputs(needed, size=size, seed=1) | flipped
+            if runnable := [feeds for feeds in (drawn, other) if _runs(path, feeds, failures)]:
+                return runnable
+        raise Refused(f"the law needs inputs that the model runs on: {failures[0]}")
 
     def _compare(self, expected: Path, tier: Path, inputs: _Arrays) -> None:
         name = self._step.name
@@ -158,5 +155,10 @@ class Witness:
             raise BrokenPass(f"{name} is not bit-equal to its parent: output {output!r}")
 
 
-def _booleans(arrays: _Arrays) -> dict[str, np.ndarray]:
-    return {name: array for name, array in arrays.items() if array.dtype == np.bool_}
+def _runs(path: Path, inputs: _Arrays, failures: list[RuntimeFailed]) -> bool:
+    try:
+        run(path, inputs)
+    except RuntimeFailed as error:
+        failures.append(error)
+        return False
+    return True
