@@ -900,3 +900,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         peaks.append(json.loads(done.stdout)["runs"][0]["peak_memory"])
     if None not in peaks:
         assert peaks[1] - peaks[0] < 32 << 20, "256 MB more of weights"
+
+
+def test_a_result_never_replaces_what_another_job_reads(forge: Command, folder: Path) -> None:
+    here = folder / "here"
+    fixtures.copied("external_one", here)
+    (here / "two.onnx").symlink_to("external_one.onnx")
+    before = content(folder)
+    sources = [here / "external_one.onnx", here / "two.onnx"]
+    done = forge(*FP16W, "--force", "--out-dir", here, *sources)
+    assert (done.code, done.out) == (2, "")
+    assert_one_line(done, "is read for")
+    assert content(folder) == before

@@ -459,3 +459,28 @@ def test_a_tier_that_does_not_run_is_a_broken_pass() -> None:
 
     with pytest.raises(BrokenPass):
         hold(Effect.STORAGE, forget, "external_two")
+
+
+def held(text: str) -> None:
+    """Hold fp16w to its law on a model that is given as text."""
+    model = model_io.from_proto(parser.parse_model(HEADER + text))
+    step = WeightsFp16CastPass(min_bytes=0)
+    witness = Witness(step, model)
+    witness.hold(step(model))
+
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
+WEIGHT = "<float[2] w = {0.1, 0.2}>"
+
+
+def test_random_outputs_are_no_proof_of_a_broken_pass() -> None:
+    with pytest.raises(Refused, match="'y' is random"):
+        held(
+            f"""g (float[2] x) => (float[2] y) {WEIGHT}
+            {{ r = RandomNormalLike(x) a = Add(r, w) y = Add(a, x) }}"""
+        )
+
+
+def test_a_law_that_compares_nothing_does_not_pass() -> None:
+    with pytest.raises(Refused, match="no output is a tensor of numbers"):
+        held(f"g (float[2] x) => (string[2] y) {WEIGHT} {{ a = Add(x, w) y = Cast<to=8>(a) }}")
