@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,30 +117,20 @@ class Witness:
             expected, tier = Path(folder) / "parent.onnx", Path(folder) / "tier.onnx"
             save(parent, expected)
             save(result.model, tier)
-            for inputs in self._samples(parent, expected):
-                self._compare(expected, tier, inputs)
+            for inputs, outputs in self._samples(parent, expected):
+                self._compare(expected, tier, inputs, outputs)
 
-    def _samples(self, model: ir.Model, path: Path) -> Sequence[_Arrays]:
-        """The inputs given, or two drawn of the first size that the model runs on."""
-        if self._inputs is not None:
-            return [self._inputs]
-        needed = [value for value in model.graph.inputs if not value.is_initializer()]
+    def _samples(self, model: ir.Model, path: Path) -> list[tuple[_Arrays, _Arrays]]:
+        """What the model makes of the inputs given, or of two draws of a size it takes."""
         failures: list[RuntimeFailed] = []
-        for size in _SIZES:
-            drawn = random_inputs(needed, size=size)
-            # Both branches of an If on an input are to be seen.
-            flipped = {k: ~v for k, v in drawn.items() if v.dtype == np.bool_}
-            other = random_inputs(needed, size=size, seed=1) | flipped
-            if runnable := [feeds for feeds in (drawn, other) if _runs(path, feeds, failures)]:
-                return runnable
+        given = None if self._inputs is None else [[self._inputs]]
+        for samples in given or _drawn(model):
+            if found := _outputs(path, samples, failures):
+                return found
         raise Refused(f"the law needs inputs that the model runs on: {failures[0]}")
 
-    def _compare(self, expected: Path, tier: Path, inputs: _Arrays) -> None:
+    def _compare(self, expected: Path, tier: Path, inputs: _Arrays, wanted: _Arrays) -> None:
         name = self._step.name
-        try:
-            wanted = run(expected, inputs)
-        except RuntimeFailed as error:
-            raise Refused(f"the law needs inputs that the model runs on: {error}") from error
         try:
             found = run(tier, inputs)
         except RuntimeFailed as error:
@@ -155,10 +145,24 @@ class Witness:
             raise BrokenPass(f"{name} is not bit-equal to its parent: output {output!r}")
 
 
-def _runs(path: Path, inputs: _Arrays, failures: list[RuntimeFailed]) -> bool:
-    try:
-        run(path, inputs)
-    except RuntimeFailed as error:
-        failures.append(error)
-        return False
-    return True
+def _drawn(model: ir.Model) -> Iterator[Sequence[_Arrays]]:
+    """Pairs of random inputs, of one size after the other."""
+    needed = [value for value in model.graph.inputs if not value.is_initializer()]
+    for size in _SIZES:
+        drawn = random_inputs(needed, size=size)
+        # Both branches of an If on an input are to be seen.
+        flipped = {k: ~v for k, v in drawn.items() if v.dtype == np.bool_}
+        yield drawn, random_inputs(needed, size=size, seed=1) | flipped
+
+
+def _outputs(
+    path: Path, samples: Sequence[_Arrays], failures: list[RuntimeFailed]
+) -> list[tuple[_Arrays, _Arrays]]:
+    """The samples that a model runs on, each with its outputs; why not of the others."""
+    found: list[tuple[_Arrays, _Arrays]] = []
+    for inputs in samples:
+        try:
+            found.append((inputs, run(path, inputs)))
+        except RuntimeFailed as error:
+            failures.append(error)
+    return found

@@ -257,13 +257,22 @@ class Scratch(threading.local):
 
 
 def reader(tensor: ir.TensorProtocol) -> Reader:
-    """Open any tensor for reading in blocks; drop the reader to free what it holds."""
+    """Open any tensor for reading in blocks; drop the reader to free what it holds.
+
+    Raises:
+        ModelError: The tensor does not hold as many bytes as its type and shape need.
+    """
     if isinstance(tensor, _LazyTensor):
         return tensor.open_reader()
     if isinstance(tensor, ir.ExternalTensor):  # read, not mapped: mapped pages count as ours
         file, base = DataFile(Path(tensor.path).absolute()), tensor.offset or 0
         return lambda start, out: file.read_into(base + start, out)
     content = np.frombuffer(tensor.tobytes(), np.uint8)
+    if len(content) != tensor.nbytes:
+        raise ModelError(
+            f"tensor {tensor.name!r}: holds {len(content)} bytes, but its shape needs"
+            f" {tensor.nbytes}"
+        )
 
     def copy(start: int, out: Bytes) -> None:
         out[:] = content[start : start + len(out)]

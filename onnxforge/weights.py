@@ -108,15 +108,20 @@ def needed_constants(model: ir.Model) -> set[ir.Value]:
     Those that `needs_constant` tells, and what they are made from by Identity and Cast or
     come from as arguments of a function.
     """
+    return _needed(model, list(scopes(model)))
+
+
+def _needed(model: ir.Model, all_scopes: Iterable[Scope]) -> set[ir.Value]:
     formal = {f.identifier(): list(f.inputs) for f in model.functions.values()}
-    nodes = [node for scope in scopes(model) for node in reversed(scope.graph)]
+    nodes = [node for scope in all_scopes for node in reversed(scope.graph)]
     needed: set[ir.Value | None] = set()
     known = -1
     while known < len(needed):
         known = len(needed)
         for node in nodes:
             fixed = set(needs_constant(node.domain, node.op_type))
-            if node.op_type in ("Cast", "Identity") and node.outputs[0] in needed:
+            passes_on = node.op_type in ("Cast", "Identity") and not node.domain
+            if passes_on and any(output in needed for output in node.outputs):
                 fixed.add(0)
             parameters = formal.get(node.op_identifier(), [])
             fixed.update(i for i, value in enumerate(parameters) if value in needed)
@@ -235,7 +240,7 @@ class Weights:
         self._scopes = list(scopes(model))
         uses = _uses(self._scopes)
         outputs = _output_names(self._scopes)
-        needed = needed_constants(model)
+        needed = _needed(model, self._scopes)
         self._all = [w for scope in self._scopes for w in _weights_in(scope)]
         self._by_value: dict[ir.Value, Weight] = {}
         for weight in self._all:
@@ -324,7 +329,7 @@ def _in_attribute(
     scope: Scope, node: ir.Node, position: int, attribute: ir.Attr
 ) -> Iterator[Weight]:
     where = scope.path + label(node, position)
-    constant = node.op_type == "Constant" and not node.domain
+    constant = node.op_type == "Constant" and not node.domain and node.outputs
     if constant and attribute.name in _CONSTANT_FORMS:
         value = node.outputs[0]
         tensor = _CONSTANT_FORMS[attribute.name](attribute)

@@ -11,12 +11,13 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from onnxforge import model_io
+from onnxforge import PassManager, model_io
 from onnxforge.errors import ModelError
 from onnxforge.lazy import DataFile, DerivedTensor, FileTensor
 from onnxforge.storage import wire
+from onnxforge.weights import Weights
 from support import fixtures
 
 
@@ -176,3 +177,24 @@ def test_a_location_that_is_no_text_is_refused(tmp_path):
     )
     with pytest.raises(ModelError):
         model_io.load(path)
+
+
+def test_a_small_weight_with_too_few_bytes_is_refused_when_it_is_read():
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[64], raw_data=bytes(192))
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64]) for name in "xy"]
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "g", infos[:1], infos[1:], [tensor])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(
+        ModelError, match="tensor 'w': holds 192 bytes, but its shape needs 256"
+    ):
+        PassManager("fp16w{min_bytes=0}").apply(model)
+
+
+def test_a_constant_without_an_output_holds_no_weight_that_could_be_read():
+    model = onnx.ModelProto(ir_version=8)
+    model.graph.node.add(op_type="Constant", name="c").attribute.append(
+        helper.make_attribute("value", numpy_helper.from_array(np.ones(4, np.float32)))
+    )
+    (weight,) = Weights(model_io.from_proto(model))
+    assert (weight.value, weight.where) == (None, "c.value")
