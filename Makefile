@@ -6,12 +6,15 @@ ARGS ?=
 BENCH ?=
 RUNTIMES ?=
 CLIENTS ?=
+FIDELITY ?=
+CRASH ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types coverage bench runtimes clients clean
+.PHONY: help demo test check lint format types coverage bench runtimes fidelity hostile \
+    crash clients clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +55,15 @@ bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for op
 
 runtimes: $(READY) ## try the fixtures on onnxruntime 1.17 to newest, RUNTIMES='...' for options
 	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
+fidelity: $(READY) ## 2,033 models through load and save, FIDELITY='*.onnx' for more
+	$(BIN)/python tests/sweeps/fidelity.py $(FIDELITY)
+
+hostile: $(READY) ## damaged and hostile models beside what other tools do with them
+	$(BIN)/python tests/sweeps/hostile.py
+
+crash: $(READY) ## kill 200 overwrites at random moments, CRASH='...' for options
+	$(BIN)/python tests/sweeps/crash.py $(CRASH)
 
 clients: $(READY) ## try models in Chromium, node, Rust and Python, CLIENTS='...' for options
 	$(BIN)/python tests/clients/run.py $(CLIENTS)

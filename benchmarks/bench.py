@@ -1,4 +1,4 @@
-"""Time fp16w as whole processes beside its peers, on models larger than their memory limits.
+"""Time passes as whole processes beside its peers, on models larger than their memory limits.
 
 Every command is a child process; the clock runs from before its start until a sync after
 its exit, and its peak resident memory is what the kernel reports for it. Ours and a plain
@@ -23,9 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OURS = "onnxforge fp16w"
+OURS = "onnxforge"
 COPY = "cp"
 MIB = 1 << 20
+SHARD_BYTES = 1_500_000_000
 READ_BLOCK = 4 * MIB
 FLOOR_BLOCK = 2 * MIB
 KEPT_REASON = 90
@@ -51,6 +52,7 @@ class Input:
 INPUTS = {
     "tiny": Input(("--blocks", "1", "--vocab", "1000", "--dim", "256")),
     "1.6GB": Input(("--blocks", "6", "--vocab", "50000")),
+    "2.3GB": Input(("--blocks", "9", "--vocab", "59000")),
     "5.2GB": Input(("--blocks", "24", "--vocab", "50000")),
     "inline": Input(("--blocks", "6", "--vocab", "36000", "--inline"), inline=True),
 }
@@ -114,6 +116,15 @@ def _save(model: object, source: str, target: str) -> None:
         onnx.save(model, target)
 
 
+def _onnx_ir_shards(source: str, target: str) -> None:
+    import onnx_ir
+
+    data = f"{Path(target).name}_data"
+    onnx_ir.save(
+        onnx_ir.load(source), target, external_data=data, max_shard_size_bytes=SHARD_BYTES
+    )
+
+
 def _bare_numpy(source: str, target: str) -> None:
     """Rewrite the file with the weights as if all of it were float32, on every core."""
     from concurrent.futures import ThreadPoolExecutor
@@ -148,14 +159,16 @@ PEERS: dict[str, Callable[[str, str], None]] = {
     "onnxruntime float16, no shapes": functools.partial(_onnxruntime, bare=True),
     "onnx load + save": _onnx_load_save,
     "onnx_ir load + save": _onnx_ir_load_save,
+    "onnx_ir load + save in shards": _onnx_ir_shards,
     "bare numpy rewrite": _bare_numpy,
 }
 
 
-def command(name: str, source: Path, target: Path, ours: str) -> list[str]:
+def command(name: str, source: Path, target: Path, options: argparse.Namespace) -> list[str]:
     """The command line that makes ``target`` from ``source``."""
     if name == OURS:
-        return [*ours.split(), "run", "--passes", "fp16w", "--force", str(source), str(target)]
+        run = [*options.onnxforge.split(), "run", "--passes", options.passes, "--force"]
+        return [*run, str(source), str(target)]
     if name == COPY:
         data = Path(f"{source}_data")
         files = [source, data] if data.exists() else [source]
@@ -222,8 +235,9 @@ def bench(
     """All runs of all commands on one model."""
     output = options.dir / "out"
     # The first large write after making the input may wait for the disk to grow.
-    measure(command(COPY, source, output / source.name, ""), output, options.timeout)
-    chosen = [name for name in (OURS, COPY, *PEERS) if options.only in name]
+    measure(command(COPY, source, output / source.name, options), output, options.timeout)
+    named = options.only.split(",")
+    chosen = [n for n in (OURS, COPY, *PEERS) if any(word in n for word in named)]
     runs: dict[str, list[Run]] = {name: [] for name in chosen}
     for round_number in range(max(options.pairs, options.peer_runs)):
         warm(files)
@@ -231,7 +245,7 @@ def bench(
             wanted = options.pairs if name in (OURS, COPY) else options.peer_runs
             if round_number >= wanted or any(run.failure for run in runs[name]):
                 continue
-            arguments = command(name, source, output / source.name, options.onnxforge)
+            arguments = command(name, source, output / source.name, options)
             run = measure(arguments, output, options.timeout)
             runs[name].append(run)
             print(f"  {name}: {run.seconds:.2f} s {run.failure}", file=sys.stderr, flush=True)
@@ -306,7 +320,8 @@ def main() -> None:
     add("--sizes", default="1.6GB,5.2GB,inline", help=f"of {','.join(INPUTS)}")
     add("--pairs", type=int, default=5, help="runs of ours and of cp, in turn")
     add("--peer-runs", type=int, default=1)
-    add("--only", default="", help="only commands whose name contains this")
+    add("--only", default="", help="only commands whose name contains one of these")
+    add("--passes", default="fp16w", help="what onnxforge is to do")
     add("--timeout", type=float, default=600, help="seconds for one command")
     add("--onnxforge", default=str(beside), help="the command to measure")
     add("--dir", type=Path, default=Path(tempfile.gettempdir()) / "onnxforge-bench")

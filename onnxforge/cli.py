@@ -10,7 +10,6 @@ import logging
 import math
 import shlex
 import sys
-import threading
 import time
 import traceback
 import zipfile
@@ -19,20 +18,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxforge.errors import CheckFailed, ModelError, OnnxforgeError, SpecError
+from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
+from onnxforge.interrupts import Interrupted, interruptible
 from onnxforge.memory import peak_memory
+from onnxforge.progress import progress
+from onnxforge.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from onnxforge.manager import Report
-    from onnxforge.saving import Layout
+    from onnxforge.jobs import Job
+    from onnxforge.manager import PassManager, Report
+    from onnxforge.placement import Layout
 
 __all__ = ["main"]
 
 _FAILED_CHECK, _FAILED_RUN, _INTERRUPTED = 1, 2, 130
 _WORKER_BYTES = 8 << 20  # blocks of source and result that a writing thread holds
 _OTHER_BYTES = 16 << 20  # the graph, and the threads that look weights through
+_PATH = click.Path(path_type=Path, readable=False)  # we say ourselves what is wrong with it
 _FORMAT = click.option(
     "--format",
     "style",
@@ -59,12 +63,13 @@ def _cli() -> None:
 
 
 @_cli.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.option("--passes", required=True, metavar="PIPELINE", help="Passes, as in 'a,b{c=1}'.")
-@click.option("--out-dir", type=click.Path(path_type=Path), help="Folder for many results.")
+@click.option("--out-dir", type=_PATH, help="Folder for many results.")
+@click.option("--share", is_flag=True, help="One set of data files for all results.")
 @click.option("--force", is_flag=True, help="Overwrite what is there.")
 @click.option("--check-laws", is_flag=True, help="Hold each pass to its law on this model.")
-@click.option("--inputs", type=click.Path(path_type=Path), help=".npz to run the laws on.")
+@click.option("--inputs", type=_PATH, help=".npz to run the laws on.")
 @click.option(
     "--layout",
     type=click.Choice(["keep", "inline", "sidecar"]),
@@ -73,7 +78,7 @@ def _cli() -> None:
     help="Where weights go: as in the input, all into the model, or into a data file.",
 )
 @_FORMAT
-@click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@click.option("--report", type=_PATH, help="Write the report as JSON.")
 @click.option("--dry-run", is_flag=True, help="Run the passes and write nothing.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that write.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory to use, such as 200MB.")
@@ -83,6 +88,7 @@ def run(
     files: tuple[Path, ...],
     passes: str,
     out_dir: Path | None,
+    share: bool,
     force: bool,
     check_laws: bool,
     inputs: Path | None,
@@ -95,7 +101,7 @@ def run(
     verbose: bool,
 ) -> None:
     """Run passes on IN and write OUT, or on many files with --out-dir."""
-    from onnxforge.jobs import refuse_entangled, refuse_report
+    from onnxforge.jobs import refuse_report
     from onnxforge.manager import PassManager
     from onnxforge.registry import parse
 
@@ -106,29 +112,35 @@ def run(
         raise click.UsageError("--inputs goes with --check-laws")
     only_checks = layout == "keep" and {step.effect.value for step in steps} == {"check"}
     jobs = _jobs(files, out_dir, writes=not (only_checks or dry_run))
-    refuse_entangled(jobs)
+    if dry_run:
+        jobs = [(source, None) for source, _ in jobs]
+    groups = _groups(jobs, share=share, named=out_dir is not None and layout == "keep")
     if report is not None:
         refuse_report(report, jobs, force=force)
-    feeds, workers = _inputs(inputs), _workers(workers, max_memory)
+    laws: Any = {"check_laws": check_laws, "inputs": _inputs(inputs)}
+    saving: Any = {"force": force, "workers": _workers(workers, max_memory)}
     runs: list[dict[str, Any]] = []
     with _documented(runs, style, report):
-        for source, target in jobs:
+        for group in groups:
             start = time.perf_counter()
-            with _progress(source.name) as (observer, advance), _named(source, passes, runs):
-                manager = PassManager(
-                    steps, observers=[observer], check_laws=check_laws, inputs=feeds
-                )
-                done = manager.run(
-                    source,
-                    None if dry_run else target,
-                    layout=layout,
-                    force=force,
-                    workers=workers,
-                    progress=advance,
-                )
-            runs.append(_record(source, target, done, time.perf_counter() - start))
+            with progress(group[0][0].name) as (observer, advance), _told(group, passes, runs):
+                manager = PassManager(steps, observers=[observer], **laws)
+                kept = None if len(group) > 1 else layout
+                reports = _executed(manager, group, kept, progress=advance, **saving)
+            seconds = time.perf_counter() - start
+            done = zip(group, reports, strict=True)
+            runs += [_record(*job, told, seconds) for job, told in done]
             if style == "text":
-                _print_summary(runs[-1], done, verbose=verbose)
+                _print_summaries(runs[-len(group) :], reports, verbose=verbose)
+
+
+def _executed(
+    manager: PassManager, group: Sequence[Job], layout: Layout | None, **options: Any
+) -> list[Report]:
+    """Run the passes; None for a layout makes the results share their data files."""
+    if layout is None:
+        return manager.run_shared([(a, b) for a, b in group if b is not None], **options)
+    return [manager.run(*job, layout=layout, **options) for job in group]
 
 
 @contextlib.contextmanager
@@ -157,35 +169,36 @@ def _record(source: Path, target: Path | None, done: Report, seconds: float) -> 
     }
 
 
-def _print_summary(record: dict[str, Any], done: Report, *, verbose: bool) -> None:
-    from onnxforge.report import report_as_text
+def _print_summaries(
+    records: Sequence[dict[str, Any]], reports: Sequence[Report], *, verbose: bool
+) -> None:
+    from onnxforge.report import report_as_text, sizes_as_text
 
-    source, target, memory = record["source"], record["target"], record["peak_memory"]
-    click.echo(f"{source} -> {target}" if target else source)
-    click.echo(report_as_text(done, verbose=verbose))
-    peak = f", peak memory {memory / 1e6:.0f} MB" if memory else ""
-    click.echo(f"  {record['seconds']:.2f} s{peak}")
+    for record, done in zip(records, reports, strict=True):
+        source, target, memory = record["source"], record["target"], record["peak_memory"]
+        click.echo(f"{source} -> {target}" if target else source)
+        click.echo(report_as_text(done, verbose=verbose))
+        peak = f", peak memory {memory / 1e6:.0f} MB" if memory else ""
+        click.echo(f"  {record['seconds']:.2f} s{peak}")
+    if len(reports) > 1:
+        click.echo(f"together: {sizes_as_text(reports)}")
 
 
 @contextlib.contextmanager
-def _named(source: Path, passes: str, runs: list[dict[str, Any]]) -> Iterator[None]:
-    """Give errors the name of the file; what is no error of ours, a command to repeat it."""
+def _told(group: Sequence[Job], passes: str, runs: list[dict[str, Any]]) -> Iterator[None]:
+    """Record errors; what is no error of ours gets a command to repeat it."""
     from onnxforge.manager import Report
 
     try:
         yield
     except OnnxforgeError as error:
         told = error.report if isinstance(error, CheckFailed) else None
-        runs.append(_record(source, None, told or Report(), 0.0) | {"error": error.args[0]})
-        # Errors about files name them already, by their whole path.
-        named = isinstance(error, ModelError) and str(error).startswith(
-            source.absolute().anchor
-        )
-        if not named:
-            error.args = (f"{source}: {error.args[0]}", *error.args[1:])
+        for source, _ in group:
+            runs.append(_record(source, None, told or Report(), 0.0) | {"error": str(error)})
         raise
     except Exception as error:
-        command = shlex.join(["onnxforge", "run", "--passes", passes, str(source)])
+        sources = [str(source) for source, _ in group]
+        command = shlex.join(["onnxforge", "run", "--passes", passes, *sources])
         error.add_note(f"this is a bug; reproduce it with: {command} --dry-run")
         raise
 
@@ -206,6 +219,18 @@ def _jobs(
     if not writes:
         return [(file, None) for file in files]
     raise click.UsageError("give IN and OUT, or inputs and --out-dir")
+
+
+def _groups(jobs: Sequence[Job], *, share: bool, named: bool) -> list[list[Job]]:
+    """Jobs that are written together: those that share their data files, else each alone."""
+    from onnxforge.jobs import refuse_entangled
+
+    if share and not named:
+        raise click.UsageError("--share goes with --out-dir and without --layout")
+    if share and all(target is not None for _, target in jobs):
+        return [list(jobs)]
+    refuse_entangled(jobs)
+    return [[job] for job in jobs]
 
 
 def _inputs(path: Path | None) -> dict[str, Any] | None:
@@ -237,55 +262,6 @@ def _workers(workers: int | None, max_memory: str | None) -> int | None:
         needed = f"{math.ceil((used + _OTHER_BYTES + _WORKER_BYTES) / 1e6)}MB"
         raise OnnxforgeError(f"--max-memory {max_memory} is too little; {needed} is the least")
     return min(workers or default_workers(), able)
-
-
-class _Phases:
-    """Shows which pass runs."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-
-    def before(self, step: Any, model: Any) -> None:
-        self._show(step.name)
-
-    def after(self, step: Any, result: Any) -> None:
-        self._show("writing")
-
-    def failed(self, step: Any, error: Exception) -> None:
-        self._show(f"{step.name} failed")
-
-
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[tuple[_Phases, Callable[[int, int], None]]]:
-    """A bar on stderr for work of more than a second, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield _Phases(lambda phase: None), lambda written, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task(name, total=None)
-    timer = threading.Timer(1.0, bar.start)
-    timer.start()
-
-    def show(phase: str) -> None:
-        bar.update(task, description=f"{name}: {phase}")
-
-    def advance(written: int, total: int) -> None:
-        bar.update(task, advance=written, total=total)
-
-    try:
-        yield _Phases(show), advance
-    finally:
-        timer.cancel()
-        bar.stop()
 
 
 @_cli.command("list")
@@ -339,18 +315,17 @@ def explain(topic: str) -> None:
 
 
 @_cli.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_PATH)
+@click.option("--layout", "mapped", is_flag=True, help="Map each data file byte by byte.")
 @_FORMAT
-def inspect_model(model: Path, style: str) -> None:
+def inspect_model(model: Path, mapped: bool, style: str) -> None:
     """Show what a model is: operators, versions, interface, weights, files."""
-    from onnxforge.inspection import inspect
-    from onnxforge.report import inspection_as_dict, inspection_as_text
+    from onnxforge import inspection, layout, report
 
-    found = inspect(model)
-    if style == "json":
-        click.echo(json.dumps(inspection_as_dict(found), indent=2))
-    else:
-        click.echo(inspection_as_text(found))
+    found: Any = layout.layout(model) if mapped else inspection.inspect(model)
+    as_dict: Any = report.layout_as_dict if mapped else report.inspection_as_dict
+    as_text: Any = report.layout_as_text if mapped else report.inspection_as_text
+    click.echo(json.dumps(as_dict(found), indent=2) if style == "json" else as_text(found))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -365,7 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Collecting while modules load, and again at exit, takes a third of a short run.
     gc.disable()
     try:
-        sys.exit(_exit_code(arguments))
+        with interruptible():
+            sys.exit(_exit_code(arguments))
+    except Interrupted as end:  # before the command began, or when it had ended
+        sys.exit(end.exit_code)
     finally:
         gc.freeze()
         gc.enable()
@@ -375,15 +353,17 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # what matters, we say ourselves
     try:
         _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
-    except click.exceptions.Abort:
-        return _INTERRUPTED
+    except click.exceptions.Abort as end:
+        return getattr(end.__cause__, "exit_code", _INTERRUPTED)
     except click.ClickException as error:
         error.show()
         return _FAILED_RUN
     except SystemExit:  # click's answer to a closed pipe: the reader has seen enough
         return _FAILED_RUN
     except OnnxforgeError as error:
-        click.echo(f"onnxforge: {error}", err=True)
+        text = f"onnxforge: {error}"
+        lines = text.split("\n") if isinstance(error, CheckFailed | SpecError) else [text]
+        click.echo("\n".join(map(printable, lines)), err=True)
         return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
     except Exception as bug:  # exit 1 would mean that a check said no
         traceback.print_exc()

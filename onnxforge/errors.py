@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
+from onnxforge.text import printable
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from onnxforge.core import Finding
     from onnxforge.manager import Report
@@ -13,11 +17,13 @@ if TYPE_CHECKING:
 __all__ = [
     "BrokenPass",
     "CheckFailed",
+    "DataError",
     "ModelError",
     "OnnxforgeError",
     "Refused",
     "RuntimeFailed",
     "SpecError",
+    "about",
 ]
 
 
@@ -54,6 +60,10 @@ class ModelError(OnnxforgeError):
     """A model cannot be read or written; the message names the file and the tensor."""
 
 
+class DataError(OnnxforgeError):
+    """Samples cannot be read or do not fit a model; the message names the file and the input."""
+
+
 class Refused(OnnxforgeError):
     """A pass declines this model; the message gives node, reason and the way out."""
 
@@ -79,8 +89,22 @@ class CheckFailed(OnnxforgeError):
 
     def __str__(self) -> str:
         """The summary and one line for each finding."""
-        return "\n".join([super().__str__(), *(f"  {finding}" for finding in self.findings)])
+        lines = [super().__str__(), *(f"  {finding}" for finding in self.findings)]
+        return "\n".join(map(printable, lines))
 
 
 class BrokenPass(OnnxforgeError):
     """A pass broke its own law: our bug, or the bug of whoever wrote the pass."""
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Put the file that work is about in front of the errors of that work."""
+    try:
+        yield
+    except OnnxforgeError as error:
+        # Errors about files name them already, by their whole path.
+        named = isinstance(error, ModelError) and str(error).startswith(path.absolute().anchor)
+        if not named:
+            error.args = (f"{path}: {error.args[0]}", *error.args[1:])
+        raise

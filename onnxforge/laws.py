@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from onnxforge.core import Effect
 from onnxforge.errors import BrokenPass, Refused, RuntimeFailed
+from onnxforge.layout import layout
 from onnxforge.lazy import identity, stream
+from onnxforge.model_io import load
 from onnxforge.numerics.samples import random_inputs
+from onnxforge.placement import PLACEMENT
 from onnxforge.runtime.session import run
 from onnxforge.saving import save
 from onnxforge.skeleton import skeleton, twin
-from onnxforge.walk import proto_tensors
+from onnxforge.walk import proto_graphs, proto_tensors
 from onnxforge.weights import Weights
 
 if TYPE_CHECKING:
@@ -52,8 +56,13 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
 
 
 def _graph(model: ir.Model) -> bytes:
-    """The graph and the functions; weights stand for their type and shape."""
+    """The graph and the functions; weights stand for their type and shape.
+
+    A Constant node says the same as an initializer: weights are sorted by name.
+    """
     proto = skeleton(model).proto
+    for graph in proto_graphs(proto):
+        _lift_all(graph)
     for tensor in proto_tensors(proto):
         for field in ("raw_data", "external_data", "data_location"):
             tensor.ClearField(field)
@@ -66,6 +75,45 @@ def _graph(model: ir.Model) -> bytes:
         function.ClearField("value_info")
     parts = [proto.graph, *proto.functions]
     return b"".join(part.SerializeToString(deterministic=True) for part in parts)
+
+
+def _lift_all(graph: onnx.GraphProto) -> None:
+    """Make initializers of the Constant nodes."""
+    nodes = list(graph.node)
+    weights = list(graph.initializer)
+    for node in [node for node in nodes if node.op_type == "Constant" and not node.domain]:
+        if (tensor := _value(node)) is not None:
+            nodes.remove(node)
+            weights.append(tensor)
+    weights.sort(key=lambda tensor: tensor.name)
+    names = {tensor.name for tensor in weights}
+    types = [value for value in graph.value_info if value.name not in names]
+    for field, values in (("node", nodes), ("initializer", weights), ("value_info", types)):
+        graph.ClearField(field)
+        getattr(graph, field).extend(values)
+
+
+def _value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor that a Constant node holds; None for scalars and text, which stay there."""
+    if len(node.attribute) != 1 or not node.output:
+        return None
+    (attribute,) = node.attribute
+    if attribute.HasField("t"):
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(attribute.t)
+    elif attribute.name == "value_floats":
+        tensor = onnx.TensorProto(
+            data_type=onnx.TensorProto.FLOAT, dims=[len(attribute.floats)]
+        )
+    elif attribute.name == "value_ints":
+        tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT64, dims=[len(attribute.ints)])
+    else:
+        return None
+    tensor.name = node.output[0]
+    if node.doc_string and not tensor.doc_string:
+        tensor.doc_string = node.doc_string
+    tensor.metadata_props.extend(node.metadata_props)
+    return tensor
 
 
 class Witness:
@@ -103,10 +151,25 @@ class Witness:
             raise BrokenPass(f"{name} changed the bytes of a weight")
         if self._step.effect is Effect.LAYOUT and _graph(result.model) != self._graph:
             raise BrokenPass(f"{name} changed the graph")
+        if self._step.effect is Effect.LAYOUT and PLACEMENT in result.model.meta:
+            self._hold_placement(result.model)
         if self._parent is not None and changed:
             self._hold_storage(self._parent, result)
         if changed and self._step(result.model).modified:
             raise BrokenPass(f"{name} changes its own result when it runs again")
+
+    def _hold_placement(self, model: ir.Model) -> None:
+        """Data files as they will be saved hold the same bytes, and no others."""
+        with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
+            path = Path(folder) / "model.onnx"
+            save(model, path)
+            if payloads(load(path, editable=False)) != self._payloads:
+                raise BrokenPass(f"{self._step.name} changes the bytes of a weight when saved")
+            align = model.meta[PLACEMENT].align
+            for file in layout(path).files:
+                gaps = [part.size for part in file.ranges if not part.owners]
+                if max(gaps, default=0) >= align or not file.ranges[-1].owners:
+                    raise BrokenPass(f"{self._step.name} leaves holes in a data file")
 
     def _hold_storage(self, parent: ir.Model, result: Result) -> None:
         """The result equals the parent whose weights have the decoded values, bit for bit."""

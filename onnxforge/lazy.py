@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +17,7 @@ import onnx_ir as ir
 from onnxforge.errors import ModelError
 
 if TYPE_CHECKING:
-    from typing import BinaryIO
+    from io import FileIO
 
 __all__ = [
     "BLOCK_BYTES",
@@ -73,34 +75,48 @@ class DataFile:
             status = path.stat()
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe or a device may wait forever
+            raise ModelError(f"{path}: is not a regular file")
         self.size = status.st_size
         self._identity = _identity(status)
 
-    def open(self) -> BinaryIO:
-        """Open the file unbuffered.
+    @contextlib.contextmanager
+    def open(self, tensor: str | None = None) -> Iterator[FileIO]:
+        """Open the file unbuffered, for a ``with`` block.
+
+        Args:
+            tensor: Name of the tensor that is to be read, for messages.
 
         Raises:
-            ModelError: It is gone, or not the file it was when the model was loaded.
+            ModelError: It cannot be read or is not the file it was when the model was loaded,
+                at the beginning of the block or at its end.
         """
+        what = self._what(tensor)
         try:
             file = self.path.open("rb", buffering=0)
         except OSError as error:
-            raise ModelError(f"{self.path}: {error.strerror}") from None
-        if _identity(os.fstat(file.fileno())) != self._identity:
-            file.close()
-            raise ModelError(f"{self.path}: changed since the model was loaded")
-        return cast("BinaryIO", file)
+            raise ModelError(f"{what}: {error.strerror}") from None
+        with file:
+            self._refuse_changed(file, what)
+            yield file
+            self._refuse_changed(file, what)
 
-    def read_into(self, offset: int, out: Bytes) -> None:
-        """Fill ``out`` with the bytes from ``offset`` on."""
+    def _what(self, tensor: str | None) -> str:
+        return f"{self.path}: tensor {tensor!r}" if tensor else str(self.path)
+
+    def _refuse_changed(self, file: FileIO, what: str) -> None:
+        if _identity(os.fstat(file.fileno())) != self._identity:
+            raise ModelError(f"{what}: changed since the model was loaded")
+
+    def read_into(self, offset: int, out: Bytes, tensor: str | None = None) -> None:
+        """Fill ``out`` with the bytes of ``tensor`` from ``offset`` on."""
         view = out.data
-        with self.open() as file:
+        with self.open(tensor) as file:
             file.seek(offset)
-            while len(view):
-                count = file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    raise ModelError(f"{self.path}: ends before byte {offset + len(out)}")
+            while len(view) and (count := file.readinto(view)):
                 view = view[count:]
+        if len(view):
+            raise ModelError(f"{self._what(tensor)}: ends before byte {offset + len(out)}")
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -207,7 +223,7 @@ class FileTensor(_LazyTensor):
 
     def open_reader(self) -> Reader:
         """A reader of the file's bytes."""
-        return lambda start, out: self.file.read_into(self.offset + start, out)
+        return lambda start, out: self.file.read_into(self.offset + start, out, self.name)
 
 
 class DerivedTensor(_LazyTensor):

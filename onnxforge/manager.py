@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,17 +16,27 @@ import onnx_ir as ir
 
 from onnxforge import laws, model_io
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
-from onnxforge.errors import BrokenPass, CheckFailed
+from onnxforge.errors import BrokenPass, CheckFailed, about
+from onnxforge.placement import Layout
 from onnxforge.registry import parse
-from onnxforge.saving import Layout, Progress, refuse_to_overwrite, save
+from onnxforge.saving import Progress, Saved, refuse_to_overwrite, save, save_shared
+from onnxforge.storage.extents import overlapping
 from onnxforge.verify import interface, problem
+from onnxforge.weights import Weights
 
-__all__ = ["PIPELINE_KEY", "Observer", "PassManager", "PassReport", "Report"]
+__all__ = [
+    "PIPELINE_KEY",
+    "VERSION_KEY",
+    "Observer",
+    "PassManager",
+    "PassReport",
+    "Report",
+]
 
 PIPELINE_KEY = "onnxforge.pipeline"
 """Key of the metadata in which a model says what passes it went through."""
 
-_VERSION_KEY = "onnxforge.version"
+VERSION_KEY = "onnxforge.version"
 
 
 class Observer(Protocol):
@@ -77,7 +87,7 @@ class Report:
         findings: Remarks on the model itself.
         source: Sizes in bytes of the files read, by path.
         written: Sizes in bytes of the files written, by path.
-        layout: ``inline`` or ``sidecar``, None when nothing was written.
+        layout: ``inline``, ``sidecar`` or ``shards``, None when nothing was written.
     """
 
     passes: list[PassReport] = field(default_factory=list)
@@ -110,7 +120,9 @@ class PassManager:
     codes: ClassVar[Mapping[str, str]] = {
         "OF901": "The ONNX checker does not accept the input; runtimes may load it still.",
         "OF903": "The law of an approx pass is held node by node in tests, not on your model.",
-        "OF902": "A data file of the model that was replaced; the new one does not read it.",
+        "OF902": "A file of the model that was replaced, of no use to the new one.",
+        "OF904": "Tensors lie partly in the same bytes of a data file. They still do in the"
+        " result; no pass converts them.",
     }
 
     def __init__(
@@ -195,22 +207,55 @@ class PassManager:
         """
         if target is not None:
             refuse_to_overwrite([Path(target).absolute()], force=force)
+        with about(Path(source)):
+            model, report = self._loaded(source)
+            if target is not None:
+                options: Any = {"force": force, "workers": workers, "progress": progress}
+                _tell(report, save(model, target, layout=layout, **options))
+        return report
+
+    def run_shared(
+        self,
+        jobs: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str]]],
+        *,
+        force: bool = False,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Report]:
+        """Run the passes on several files; the results share their data files.
+
+        Args:
+            jobs: Model files and where the results go, all into one folder.
+            force: Overwrite what is there.
+            workers: Number of threads that write.
+            progress: Called on any thread after each block written.
+
+        Returns:
+            A report for each model; each names the data files that all share.
+
+        Raises:
+            OnnxforgeError: See `run`; then nothing is written at all.
+        """
+        refuse_to_overwrite([Path(target).absolute() for _, target in jobs], force=force)
+        models, reports = [], []
+        for source, target in jobs:
+            with about(Path(source)):
+                model, report = self._loaded(source)
+            models.append((model, target))
+            reports.append(report)
+        saved = save_shared(models, force=force, workers=workers, progress=progress)
+        targets = {Path(target).absolute() for _, target in jobs}
+        for report, (_, target) in zip(reports, jobs, strict=True):
+            _tell(report, saved, but=targets - {Path(target).absolute()})
+        return reports
+
+    def _loaded(self, source: str | os.PathLike[str]) -> tuple[ir.Model, Report]:
+        """A model that went through the passes."""
         model = model_io.load(source, editable=self._edits)
         sizes = {str(path): size for path, size in model_io.files(model).items()}
         report = self._run(model)
         report.source = sizes
-        if target is not None:
-            saved = save(
-                model, target, layout=layout, force=force, workers=workers, progress=progress
-            )
-            report.written = {str(path): size for path, size in saved.files.items()}
-            report.layout = saved.layout
-            if str(Path(source).absolute()) in report.written:
-                report.findings += [
-                    Finding("OF902", path, "is not read any more", level="warning")
-                    for path in sorted(sizes.keys() - report.written.keys())
-                ]
-        return report
+        return model, report
 
     @property
     def _edits(self) -> bool:
@@ -224,6 +269,7 @@ class PassManager:
             sound = reason is None
             if reason is not None:
                 report.findings.append(Finding("OF901", "model", reason, level="warning"))
+            report.findings += _overlaps(model)
         for step in self.passes:
             if self.check_laws and step.effect is Effect.APPROX:
                 unheld = Finding(
@@ -264,6 +310,28 @@ class PassManager:
         return result, time.perf_counter() - start
 
 
+def _tell(report: Report, saved: Saved, but: Collection[Path] = ()) -> None:
+    """Complete a report by what was written, but for the files of others."""
+    report.written = {str(p): size for p, size in saved.files.items() if p not in but}
+    report.layout = saved.layout
+    report.findings += [
+        Finding("OF902", str(path), "belongs to what was replaced", level="warning")
+        for path in saved.left
+    ]
+
+
+def _overlaps(model: ir.Model) -> Iterator[Finding]:
+    for group in overlapping(weight.tensor for weight in Weights(model)):
+        names = sorted({repr(tensor.name) for tensor in group})
+        yield Finding(
+            "OF904",
+            group[0].file.path.name,
+            "tensors overlap; what they share stays shared",
+            level="warning",
+            detail=", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else ""),
+        )
+
+
 def _told(step: Pass, result: Result, seconds: float) -> PassReport:
     text, effect = str(step.spec(full=True)), step.effect.value
     stats, findings = dict(result.stats), result.findings
@@ -276,4 +344,4 @@ def _stamp(model: ir.Model, report: Report) -> None:
     if made:
         earlier = model.metadata_props.get(PIPELINE_KEY)
         model.metadata_props[PIPELINE_KEY] = ",".join([*([earlier] if earlier else []), *made])
-        model.metadata_props[_VERSION_KEY] = importlib.metadata.version("onnxforge")
+        model.metadata_props[VERSION_KEY] = importlib.metadata.version("onnxforge")

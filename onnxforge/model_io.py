@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from google.protobuf.message import DecodeError
 from onnx_ir import serde
 
 from onnxforge import remarks
+from onnxforge.cycles import refuse_cycles
 from onnxforge.errors import ModelError
 from onnxforge.fidelity import difference
 from onnxforge.lazy import DataFile, FileTensor
 from onnxforge.skeleton import SOURCE, Source, root_cause, set_external, skeleton
 from onnxforge.storage import wire
 from onnxforge.storage.locate import DataFolder, external_numbers, refuse_unsized
-from onnxforge.walk import proto_tensors, replace_tensors
+from onnxforge.walk import named_tensors, replace_tensors, scopes
 
 __all__ = ["MAX_PROTO_BYTES", "files", "from_proto", "load", "read_skeleton", "to_proto"]
 
@@ -44,9 +46,9 @@ def read_skeleton(path: Path) -> tuple[onnx.ModelProto, list[wire.Payload], str]
     """
     location = secrets.token_hex(16)
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            content, payloads = wire.excise(str(path), file.fileno(), size, location)
+        whole = DataFile(path)
+        with whole.open() as file:
+            content, payloads = wire.excise(str(path), file.fileno(), whole.size, location)
         proto = onnx.ModelProto.FromString(content)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
@@ -72,24 +74,27 @@ def load(path: str | os.PathLike[str], *, editable: bool = True) -> ir.Model:
         ModelError: The model cannot be read, or cannot be edited without loss.
     """
     file = Path(path).absolute()
+    model_file = DataFile(file)  # first: should the file change meanwhile, that is noticed
     proto, payloads, location = read_skeleton(file)
     try:
-        return _build(file, proto, payloads, location, editable=editable)
+        model = _build(model_file, proto, payloads, location, editable=editable)
+        with model_file.open():  # refuses a file that changed while its data were looked at
+            return model
     except ModelError as error:
         text = str(error)
         raise ModelError(text if text.startswith(file.anchor) else f"{file}: {text}") from None
 
 
 def _build(
-    file: Path,
+    model_file: DataFile,
     proto: onnx.ModelProto,
     payloads: list[wire.Payload],
     location: str,
     *,
     editable: bool,
 ) -> ir.Model:
+    file = model_file.path
     folder = DataFolder(file.parent, file)
-    model_file = DataFile(file)
 
     def on_disk(entries: _Entries, tensor: ir.TensorProtocol) -> FileTensor:
         if entries.get("location") != location:
@@ -142,6 +147,15 @@ _FIELD_TYPES = {
     4: (ir.DataType.FLOAT, ir.DataType.COMPLEX64),
     10: (ir.DataType.DOUBLE, ir.DataType.COMPLEX128),
 }
+_VALUES = (
+    "raw_data",
+    "float_data",
+    "int32_data",
+    "int64_data",
+    "uint64_data",
+    "double_data",
+    "string_data",
+)
 _OnDisk = Callable[[_Entries, ir.TensorProtocol], FileTensor]
 
 
@@ -159,27 +173,45 @@ def _deserialized(
 
     def resolve(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         nonlocal external
-        if tensor.dtype == ir.DataType.UNDEFINED:
-            raise ModelError(f"tensor {tensor.name!r}: has no data type")
         if not isinstance(tensor, ir.ExternalTensor):
             return tensor
-        found = entries[tensor.location, tensor.offset, tensor.length]
+        name, found = entries[tensor.location, tensor.offset, tensor.length]
+        given, tensor.name = tensor.name, name  # for messages
         stored = on_disk(found, tensor)
+        stored.name = given
         written[id(stored)] = found
         external = external or bool(stored.external)
         return stored
 
     try:
         model = serde.deserialize_model(proto)
+        if any(isinstance(text, bytes) for text in _texts(model)):
+            raise ModelError("a name in it is no text (UTF-8)")
+        refuse_cycles(model)
         replace_tensors(model, resolve)  # onnx_ir looks at the types in attributes only here
     except (serde.SerdeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"onnx_ir cannot represent the model: {root_cause(error)}") from error
     if len(set(map(id, written.values()))) < len(entries):
-        raise ModelError("cannot be edited without loss: onnx_ir drops a tensor")
+        raise ModelError(
+            "cannot be edited without loss: onnx_ir drops a tensor that has no name, or has"
+            " that of another"
+        )
     model.meta[SOURCE] = Source(external, path)
     if editable:
         _make_editable(proto, model, written)
     return model
+
+
+def _texts(model: ir.Model) -> Iterator[object]:
+    """What should be text and is bytes if it cannot be decoded; there, onnx_ir lets it be."""
+    yield from (model.producer_name, model.producer_version, model.domain)
+    yield from (*model.metadata_props.values(), *model.metadata_props)
+    for scope in scopes(model):
+        yield from scope.opset_imports
+        yield from (value.name for value in (*scope.graph.inputs, *scope.graph.outputs))
+        for node in scope.graph:
+            yield from (node.name, node.domain, node.op_type)
+            yield from (value.name for value in (*node.inputs, *node.outputs) if value)
 
 
 def _make_editable(
@@ -190,26 +222,65 @@ def _make_editable(
     for tensor, stub in zip(again.tensors, again.stubs, strict=True):
         if entries := written.get(id(tensor)):
             set_external(stub, entries)
-    if len(again.proto.functions) == len(proto.functions):
-        remarks.remember(model, proto, again.proto)
-        remarks.mend(model, again.proto)
+            if "checksum" in entries and model.meta[SOURCE].path is not None:
+                raise ModelError(
+                    f"tensor {stub.name!r}: the checksum of its data file would not be that of"
+                    " the file its bytes are written to"
+                )
+    if len(again.proto.functions) < len(proto.functions):
+        raise ModelError("cannot be edited without loss: two functions have the same name")
+    remarks.remember(model, proto, again.proto)
+    remarks.mend(model, again.proto)
     if loss := difference(proto, again.proto, stub=again.location):
         raise ModelError(f"cannot be edited without loss: {loss}")
 
 
-def _external_entries(proto: onnx.ModelProto) -> dict[tuple[Any, ...], _Entries]:
-    """The external data entries of a proto by what onnx_ir keeps of them."""
-    found: dict[tuple[Any, ...], _Entries] = {}
-    for tensor in proto_tensors(proto):
-        if tensor.data_type not in onnx.TensorProto.DataType.values():
-            raise ModelError(f"tensor {tensor.name!r}: unknown data type {tensor.data_type}")
+def _external_entries(proto: onnx.ModelProto) -> dict[tuple[Any, ...], tuple[str, _Entries]]:
+    """Names and external data entries of tensors, by what onnx_ir keeps of the entries."""
+    found: dict[tuple[Any, ...], tuple[str, _Entries]] = {}
+    for name, tensor in named_tensors(proto):
+        if reason := _malformed(tensor):
+            raise ModelError(f"tensor {name!r}: {reason}")
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if len(entries) < len(tensor.external_data):
-                raise ModelError(f"tensor {tensor.name!r}: an external data key stands twice")
-            numbers = external_numbers(entries, tensor.name)
-            found[entries.get("location", ""), *numbers] = entries
+                raise ModelError(f"tensor {name!r}: an external data key stands twice")
+            numbers = external_numbers(entries, name)
+            found[entries.get("location", ""), *numbers] = name, entries
     return found
+
+
+def _malformed(tensor: onnx.TensorProto) -> str | None:
+    """Why the values of a tensor are not those that its type and shape need, or None."""
+    try:
+        dtype = ir.DataType(tensor.data_type)
+        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    except (ValueError, KeyError):
+        return f"unknown data type {tensor.data_type}"
+    if any(dim < 0 for dim in tensor.dims):
+        return "has a negative dimension"
+    lengths = {name: len(getattr(tensor, name)) for name in _VALUES}
+    filled = {name for name, length in lengths.items() if length}
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return "has values in the model and in a data file" if filled else None
+    fields = {field} if field == "string_data" else {field, "raw_data"}
+    if len(filled) > 1 or not filled <= fields:
+        return "its values stand in a field of another type"
+    used = filled.pop() if filled else field
+    needed, unit = _needed(dtype, math.prod(tensor.dims), used)
+    if lengths[used] != needed:
+        return f"holds {lengths[used]} {unit}, but its shape needs {needed}"
+    return None
+
+
+def _needed(dtype: ir.DataType, count: int, field: str) -> tuple[int, str]:
+    """How long a field is that holds ``count`` elements, and in what unit."""
+    if field == "raw_data":
+        return -(-count * dtype.bitwidth // 8), "bytes"
+    if field == "int32_data" and dtype.bitwidth in (2, 4):  # a byte of them in each entry
+        return -(-count * dtype.bitwidth // 8), "values"
+    is_complex = dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)
+    return (2 * count if is_complex else count), "values"
 
 
 def files(model: ir.Model) -> dict[Path, int]:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.core import Fate, Finding
+from onnxforge.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from onnxforge.inspection import Inspection
+    from onnxforge.layout import FileLayout, ModelLayout, Range
     from onnxforge.manager import PassReport, Report
 
 __all__ = [
     "inspection_as_dict",
     "inspection_as_text",
+    "layout_as_dict",
+    "layout_as_text",
     "report_as_dict",
     "report_as_text",
+    "sizes_as_text",
 ]
+
+_USUAL_ROWS = 20
 
 
 def _human_bytes(count: int) -> str:
@@ -69,17 +77,22 @@ def report_as_text(report: Report, *, verbose: bool = False) -> str:
     for step in report.passes:
         lines += _step_lines(step, verbose=verbose)
     if report.written:
-        before, after = sum(report.source.values()), sum(report.written.values())
-        share = f" ({100 * after / before:.1f} %)" if before else ""
-        lines.append(
-            f"  {_human_bytes(before)} -> {_human_bytes(after)}{share}, {report.layout}"
-        )
-    return "\n".join(lines)
+        lines.append(f"  {sizes_as_text([report])}, {report.layout}")
+    return "\n".join(map(printable, lines))
+
+
+def sizes_as_text(reports: Sequence[Report]) -> str:
+    """Size of all files read and of all written; those in several reports count once."""
+    before = sum({k: v for report in reports for k, v in report.source.items()}.values())
+    after = sum({k: v for report in reports for k, v in report.written.items()}.values())
+    share = f" ({100 * after / before:.1f} %)" if before else ""
+    return f"{_human_bytes(before)} -> {_human_bytes(after)}{share}"
 
 
 def _step_lines(step: PassReport, *, verbose: bool) -> Iterator[str]:
     name = step.text.partition("{")[0]
-    what = "modified" if step.modified else "ok" if step.effect == "check" else "nothing to do"
+    unmodified = "graph unchanged" if step.stats else "nothing to do"
+    what = "modified" if step.modified else "ok" if step.effect == "check" else unmodified
     yield f"  {name}: {what}"
     for stat, number in step.stats.items():
         yield f"    {stat.replace('_', ' ')}: {number}"
@@ -90,7 +103,7 @@ def _step_lines(step: PassReport, *, verbose: bool) -> Iterator[str]:
             if fate is not Fate.TREATED:
                 yield from _reasons(f for f in step.findings if f.fate is fate)
     for finding in step.findings:
-        if verbose or finding.level != "info":
+        if verbose or finding.fate is None:
             yield f"    {finding.level}: {finding}"
 
 
@@ -143,7 +156,69 @@ def inspection_as_text(found: Inspection) -> str:
         "",
         *_table(["operator", "count"], [[op, str(count)] for op, count in found.ops.items()]),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def layout_as_dict(found: ModelLayout) -> dict[str, Any]:
+    """The maps of the data files as plain data, for JSON."""
+    totals = ("alignment", "misaligned", "owned", "padding", "orphaned", "saved")
+    return {
+        "model": str(found.path),
+        "inline": {"count": found.inline, "bytes": found.inline_bytes},
+        "remarks": found.remarks,
+        "files": [
+            {
+                "path": str(file.path),
+                "size": file.size,
+                **{name: getattr(file, name) for name in totals},
+                "ranges": [vars(part) for part in file.ranges],
+                "empty": file.empty,
+            }
+            for file in found.files
+        ],
+    }
+
+
+def layout_as_text(found: ModelLayout) -> str:
+    """The maps of the data files; of what is usual only the first rows."""
+    lines = [f"remark: {remark}" for remark in found.remarks]
+    lines.append(f"inline: {found.inline:,} weights, {found.inline_bytes:,} bytes")
+    for file in found.files:
+        name = os.path.relpath(file.path, found.path.parent)
+        lines += [
+            "",
+            f"{name}: {file.size:,} bytes, ranges: {len(file.weights):,}, alignment:"
+            f" {file.alignment}, misaligned: {file.misaligned:,}",
+            f"bytes owned: {file.owned:,}, padding: {file.padding:,}, orphaned:"
+            f" {file.orphaned:,}, saved by sharing: {file.saved:,}",
+            *([f"without elements: {_few(file.empty)}"] if file.empty else []),
+            *_table(["start", "stop", "bytes", "kind", "owners"], list(_rows(file))),
+        ]
+    return "\n".join(map(printable, lines))
+
+
+def _rows(file: FileLayout) -> Iterator[list[str]]:
+    def row(start: int, stop: int, *words: str) -> list[str]:
+        return [f"{start:,}", f"{stop:,}", f"{stop - start:,}", *words]
+
+    def is_usual(part: Range) -> bool:
+        return part.kind in ("owned", "padding")
+
+    left = _USUAL_ROWS
+    for usual, group in itertools.groupby(file.ranges, is_usual):
+        run = list(group)
+        shown = run[:left] if usual and len(run) > left + 1 else run
+        left -= min(left, len(shown)) if usual else 0
+        for part in shown:
+            yield row(part.start, part.stop, part.kind, _few(part.owners))
+        if more := run[len(shown) :]:
+            what = f"{len(more):,} more, --format json shows all"
+            yield row(more[0].start, max(part.stop for part in more), "...", what)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,34 +1,30 @@
-"""Models out: which tensor goes into which file, and in which place."""
+"""Models out: written, checked for what they would overwrite, and published."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
-from onnxforge.lazy import DerivedTensor, FileTensor, identity
-from onnxforge.model_io import MAX_PROTO_BYTES, files, read_skeleton
-from onnxforge.skeleton import SOURCE, Skeleton, Source, set_external, skeleton
+from onnxforge.lazy import identity
+from onnxforge.model_io import files, read_skeleton
+from onnxforge.placement import PLACEMENT, Division, Layout, Placement, divide, pack
+from onnxforge.skeleton import SOURCE, Source
 from onnxforge.storage import wire
+from onnxforge.storage.leftovers import abandoned
 from onnxforge.storage.publish import publish
+from onnxforge.storage.sharing import by_content
 from onnxforge.storage.writer import Part, write_file
 from onnxforge.walk import proto_tensors
-from onnxforge.weights import needed_constants
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    import onnx_ir as ir
 
-    import onnx
+__all__ = ["Progress", "Saved", "may_write", "refuse_to_overwrite", "save", "save_shared"]
 
-__all__ = ["Layout", "Progress", "Saved", "data_path", "refuse_to_overwrite", "save"]
-
-Layout = Literal["keep", "inline", "sidecar"]
 Progress = Callable[[int, int], None]
 """Told the number of weight bytes just written, and of all that will be."""
 
@@ -41,16 +37,20 @@ class Saved:
 
     Attributes:
         files: Size in bytes of each file, by path.
-        layout: ``inline`` or ``sidecar``.
+        layout: ``inline``, ``sidecar`` or ``shards``.
+        left: Data files of what was replaced that nothing written reads.
     """
 
     files: Mapping[Path, int]
     layout: str
+    left: tuple[Path, ...] = ()
 
 
-def data_path(path: Path) -> Path:
-    """Where the weights of a model at ``path`` go when they go outside."""
-    return path.with_name(path.name + "_data")
+def may_write(path: Path, target: Path) -> bool:
+    """Whether saving a model to ``target`` may write ``path``, in whatever layout."""
+    written = (target.name, f"{target.name}_data", f"{target.name}.sha256")
+    shard = path.name.startswith(f"{target.name}.data.")
+    return path.parent == target.parent and (path.name in written or shard)
 
 
 def save(
@@ -59,19 +59,17 @@ def save(
     *,
     layout: Layout = "keep",
     force: bool = False,
-    align: int = 64,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Saved:
     """Write a model; lazy weights are evaluated on the way, block by block.
 
     Args:
-        model: The model.
-        path: Where it goes; a sidecar is called ``<path>_data``.
-        layout: ``keep`` writes a sidecar if the model was loaded from one or more, or if
+        model: The model. A `Placement` in its ``meta`` says where its weights go.
+        path: Where it goes; data files are named after it and go beside it.
+        layout: ``keep`` writes a data file if the model was loaded from one or more, or if
             it would not fit into one file of 2 GB.
         force: Overwrite what is there.
-        align: Offsets in the sidecar are multiples of this many bytes.
         workers: Number of threads.
         progress: Called on any thread after each block of weights.
 
@@ -80,58 +78,173 @@ def save(
             fit the layout. What was there before is still there then.
     """
     target = Path(path).absolute()
-    content = skeleton(model)
-    outside = _outside(model, content, layout)
-    data = _DataFile(content, outside, align) if outside else None
-    data_target = data_path(target) if outside else None
-    targets = [target, *([data_target] if data_target else [])]
-    refuse_to_overwrite(targets, force=force)
-    _refuse_input(model, targets)
-    if data_target is not None and data_target.exists():
-        _refuse_shared(target, data_target)
-    sizes: dict[Path, int] = {}
-    total = sum(tensor.nbytes for tensor in content.tensors)
+    work = _Work([(model, target)], target, layout)
+    return work.save(force=force, workers=workers, progress=progress)
 
-    def count(written: int) -> None:
-        if progress is not None:
-            progress(written, total)
 
-    def write_model(to: Path, location: str) -> None:
-        if data is not None:
-            data.place(location)
-        sizes[target] = _write_model(content, outside, to, workers, count)
+def save_shared(
+    models: Sequence[tuple[ir.Model, str | os.PathLike[str]]],
+    *,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Saved:
+    """Write several models into one folder, with data files that all of them read.
 
-    def write_data(to: Path) -> None:
-        assert data is not None
-        assert data_target is not None
-        write_file(to, data.parts, data.size, workers=workers, progress=count)
-        sizes[data_target] = data.size
+    Tensors of equal bytes are stored once, in ``shared.onnx_data`` or its shards; to know
+    them, tensors of equal size are read once more.
 
-    try:
-        publish(target, data_target, write_model, write_data)
-    except OSError as error:
-        raise ModelError(f"{target}: {error.strerror}") from error
-    return Saved(sizes, "sidecar" if outside else "inline")
+    Args:
+        models: The models and where they go, in one folder.
+        force: Overwrite what is there.
+        workers: Number of threads.
+        progress: Called on any thread after each block of weights.
+
+    Raises:
+        ModelError: See `save`; or the models go to different folders.
+    """
+    jobs = [(model, Path(path).absolute()) for model, path in models]
+    folders = {target.parent for _, target in jobs}
+    if len(folders) != 1:
+        raise ModelError("models that share data files go into one folder")
+    work = _Work(jobs, folders.pop() / "shared.onnx", None)
+    return work.save(force=force, workers=workers, progress=progress)
+
+
+class _Work:
+    """Models to be written together, and the data files that all of them read."""
+
+    def __init__(
+        self, jobs: Sequence[tuple[ir.Model, Path]], base: Path, layout: Layout | None
+    ) -> None:
+        """Plan the files; None for a layout makes equal tensors share their place."""
+        self.jobs = jobs
+        self.targets = [target for _, target in jobs]
+        self.divisions = []
+        for model, _ in jobs:
+            asks = PLACEMENT in model.meta
+            self.divisions.append(divide(model, layout or ("keep" if asks else "sidecar")))
+        self.placement: Placement = jobs[0][0].meta.get(PLACEMENT, Placement())
+        same = by_content(_outside(self.divisions)) if layout is None else identity
+        self.files = pack(self.divisions, self.placement, same)
+        names = self.placement.names(base.name, len(self.files))
+        self.data = [base.with_name(name) for name in names]
+        self.manifest = base.with_name(f"{base.name}.sha256")
+        self.sizes: dict[Path, int] = {}
+
+    def save(self, *, force: bool, workers: int | None, progress: Progress | None) -> Saved:
+        targets = [*self.targets, *self.data]
+        manifest = self.manifest if self.placement.manifest else None
+        places = [*targets, *([manifest] if manifest else [])]
+
+        def check() -> None:
+            refuse_to_overwrite(places, force=force)
+
+        check()
+        self._refuse_loss(targets)
+        left = self._left(targets)
+        total = sum(self._written_bytes())
+
+        def count(written: int) -> None:
+            if progress is not None:
+                progress(written, total)
+
+        def write_model(number: int, to: Path, names: Sequence[str]) -> None:
+            for file, name in zip(self.files, names, strict=True):
+                file.point(name)
+            size = _write_model(self.divisions[number], to, workers, count)
+            self.sizes[self.targets[number]] = size
+
+        def write_data(number: int, to: Path) -> None:
+            file = self.files[number]
+            write_file(to, file.parts, file.size, workers=workers, progress=count)
+            self.sizes[self.data[number]] = file.size
+
+        try:
+            publish(
+                self.targets,
+                self.data,
+                write_model,
+                write_data,
+                manifest=manifest,
+                check=check,
+            )
+            _remove_abandoned([*targets, self.manifest])
+        except OSError as error:
+            raise ModelError(f"{self.targets[0]}: {error.strerror}") from error
+        if manifest is not None:
+            self.sizes[manifest] = manifest.stat().st_size
+        layout = "sidecar" if self.placement.single else "shards"
+        return Saved(self.sizes, layout if self.files else "inline", left)
+
+    def _refuse_loss(self, targets: Sequence[Path]) -> None:
+        for model, target in self.jobs:
+            _refuse_input(model, target, targets)
+        for data in self.data:
+            _refuse_shared(self.targets, data)
+
+    def _written_bytes(self) -> Iterator[int]:
+        for division in self.divisions:
+            tensors = enumerate(division.content.tensors)
+            yield sum(tensor.nbytes for i, tensor in tensors if i not in division.outside)
+        yield from (file.payload for file in self.files)
+
+    def _left(self, targets: Sequence[Path]) -> tuple[Path, ...]:
+        """The data files that the models now at the targets read, and will not any more."""
+        read = {
+            target.parent / name
+            for target in self.targets
+            if target.exists()
+            for name in _data_names(target)
+        }
+        if not self.placement.manifest:
+            read.add(self.manifest)
+        return tuple(sorted(path for path in read - set(targets) if path.exists()))
+
+
+def _outside(divisions: Iterable[Division]) -> Iterator[ir.TensorProtocol]:
+    for division in divisions:
+        yield from (division.content.tensors[i] for i in division.outside)
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
     """Raise ModelError if a path is taken, or by no regular file even with ``force``."""
     for path in paths:
-        if not path.parent.is_dir():
-            raise ModelError(f"{path.parent}: no such folder")
-        if path.is_dir():
-            raise ModelError(f"{path}: is a folder")
-        if path.exists() and not path.is_file():
-            raise ModelError(f"{path}: is not a regular file")
-        if os.path.lexists(path) and not force:
-            raise ModelError(f"{path}: exists; --force overwrites it")
+        try:
+            _refuse_taken(path, force=force)
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}") from None
 
 
-def _refuse_shared(target: Path, data: Path) -> None:
+def _refuse_taken(path: Path, *, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise ModelError(f"{path.parent}: no such folder")
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is not a regular file")
+    if os.path.lexists(path) and not force:
+        raise ModelError(f"{path}: exists; --force overwrites it")
+
+
+def _refuse_shared(targets: Sequence[Path], data: Path) -> None:
     """Refuse to replace a data file that another model in its folder reads as well."""
+    if not data.exists():
+        return
     for other in sorted(data.parent.glob("*.onnx")):
-        if not _is_same(other, target) and data.name in _data_names(other):
+        ours = any(_is_same(other, target) for target in targets)
+        if not ours and data.name in _data_names(other):
             raise ModelError(f"{data}: holds data of {other} as well, which would be lost")
+
+
+def _remove_abandoned(targets: Sequence[Path]) -> None:
+    """Remove what killed saves to the same places left, unless a model reads it."""
+    if left := abandoned(targets):
+        models = targets[0].parent.glob("*.onnx")
+        read = {name for model in models for name in _data_names(model)}
+        for path in left:
+            if path.name not in read:
+                path.unlink(missing_ok=True)
 
 
 def _data_names(path: Path) -> set[str]:
@@ -144,14 +257,14 @@ def _data_names(path: Path) -> set[str]:
     return {os.path.normpath(place) for place in places if place != location}
 
 
-def _refuse_input(model: ir.Model, targets: Sequence[Path]) -> None:
+def _refuse_input(model: ir.Model, target: Path, written: Sequence[Path]) -> None:
     """Refuse to replace files that the model is read from, unless it replaces itself."""
     path = model.meta.get(SOURCE, Source()).path
-    if path is None or _is_same(path, targets[0]):
+    if path is None or _is_same(path, target):
         return
-    for written in targets:
-        if any(_is_same(read, written) for read in files(model)):
-            raise ModelError(f"{written}: holds data of {path}, which would be lost")
+    for place in written:
+        if any(_is_same(read, place) for read in files(model)):
+            raise ModelError(f"{place}: holds data of {path}, which would be lost")
 
 
 def _is_same(a: Path, b: Path) -> bool:
@@ -159,16 +272,14 @@ def _is_same(a: Path, b: Path) -> bool:
 
 
 def _write_model(
-    content: Skeleton,
-    outside: set[int],
-    to: Path,
-    workers: int | None,
-    count: Callable[[int], None],
+    division: Division, to: Path, workers: int | None, count: Callable[[int], None]
 ) -> int:
+    """Write a model file with the payloads that stay inside; gives its size in bytes."""
+    content = division.content
     inline = {
         i: wire.Payload(0, tensor.nbytes, getattr(tensor, "field", _RAW_DATA))
         for i, tensor in enumerate(content.tensors)
-        if i not in outside
+        if i not in division.outside
     }
     serialized = content.proto.SerializeToString(deterministic=True)
     parts: list[Part] = []
@@ -179,72 +290,3 @@ def _write_model(
         at += len(piece) if isinstance(piece, bytes) else inline[piece].length
     write_file(to, parts, at, workers=workers, progress=count)
     return at
-
-
-class _DataFile:
-    """The sidecar: each tensor has one place, however many names it has."""
-
-    def __init__(self, content: Skeleton, outside: set[int], align: int) -> None:
-        self.size = 0
-        self.parts: list[Part] = []
-        self._stubs: list[tuple[onnx.TensorProto, int, int]] = []
-        places: dict[Hashable, int] = {}
-        for i in sorted(outside):
-            tensor = content.tensors[i]
-            key = identity(tensor)
-            if key not in places:
-                places[key] = -(-self.size // align) * align
-                self.parts.append(Part(places[key], tensor))
-                self.size = places[key] + tensor.nbytes
-            self._stubs.append((content.stubs[i], places[key], tensor.nbytes))
-
-    def place(self, location: str) -> None:
-        """Point the tensors of the model to the sidecar."""
-        for stub, offset, length in self._stubs:
-            entries = {"location": location, "offset": str(offset), "length": str(length)}
-            set_external(stub, entries)
-
-
-def _outside(model: ir.Model, content: Skeleton, layout: Layout) -> set[int]:
-    """The tensors that go into the sidecar, by number."""
-    external = model.meta.get(SOURCE, Source()).external
-    inside = _fits(content, set())
-    if layout == "inline" and not inside:
-        raise ModelError(
-            "the weights do not fit into one file of 2 GB: use the sidecar layout"
-        )
-    if layout == "inline" or (layout == "keep" and not external and inside):
-        return set()
-    fixed = {value.name for value in needed_constants(model)}
-    names = Counter(identity(tensor) for tensor in content.tensors)
-
-    def worth_it(tensor: ir.TensorProtocol) -> bool:
-        # Inside, a tensor with two names is stored twice, however small it has become.
-        tied = names[identity(tensor)] > 1 and _was_outside(tensor)
-        return tensor.nbytes >= (1 if tied else wire.PAYLOAD_BYTES)
-
-    able = {
-        i
-        for i, tensor in enumerate(content.tensors)
-        if worth_it(tensor) and content.stubs[i].name not in fixed
-    }
-    initializers = {
-        int(tensor.external_data[1].value)
-        for tensor in content.proto.graph.initializer
-        if tensor.external_data and tensor.external_data[0].value == content.location
-    }
-    # Bodies and Constant nodes keep theirs inside: browsers load those from nowhere else.
-    usual = {i for i in able if i in initializers or _was_outside(content.tensors[i])}
-    return usual if _fits(content, usual) else able
-
-
-def _was_outside(tensor: ir.TensorProtocol) -> bool:
-    while isinstance(tensor, DerivedTensor):
-        tensor = tensor.source
-    return isinstance(tensor, FileTensor) and bool(tensor.external)
-
-
-def _fits(content: Skeleton, outside: set[int]) -> bool:
-    inside = sum(t.nbytes for i, t in enumerate(content.tensors) if i not in outside)
-    size: int = content.proto.ByteSize()
-    return size + inside + 16 * len(content.tensors) <= MAX_PROTO_BYTES

@@ -10,6 +10,7 @@ from onnxforge.core import Fate, Finding
 from onnxforge.errors import Refused
 from onnxforge.lazy import identity
 from onnxforge.options import ByteSize
+from onnxforge.storage.extents import overlapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,6 +93,8 @@ def _without_torn(
     """Leave out weights whose bytes another weight keeps, as they would be stored twice."""
     treated = set(map(id, chosen))
     kept = {identity(w.tensor): w.where for w in weights if id(w) not in treated}
+    for group in overlapping(w.tensor for w in weights):
+        kept |= {identity(tensor): group[0].name or "" for tensor in group}
     torn = [weight for weight in chosen if identity(weight.tensor) in kept]
     for weight in torn:
         message, other = "shares its bytes with one that stays", kept[identity(weight.tensor)]

@@ -17,7 +17,7 @@ from onnxforge.storage.wire import PAYLOAD_BYTES
 from onnxforge.walk import proto_tensors, replace_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
     from pathlib import Path
 
 __all__ = [
@@ -65,19 +65,20 @@ class Skeleton:
     location: str
 
 
-def skeleton(model: ir.Model, *, mend: bool = True) -> Skeleton:
+def skeleton(model: ir.Model, *, mend: bool = True, also: Container[int] = ()) -> Skeleton:
     """Serialize a model without the payloads of its large tensors; reads no weight.
 
     Args:
         model: The model, the same afterwards.
         mend: Make good what onnx_ir drops and adds; false gives what it writes.
+        also: ``id`` of tensors to take out although they are small.
     """
     location = secrets.token_hex(16)
     originals: dict[int, ir.TensorProtocol] = {}
     tensors: list[ir.TensorProtocol] = []
 
     def stub(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        if not _is_large(tensor):
+        if id(tensor) not in also and not _is_large(tensor):
             return tensor
         replacement = ir.ExternalTensor(
             location,
@@ -107,6 +108,9 @@ def skeleton(model: ir.Model, *, mend: bool = True) -> Skeleton:
         for tensor in proto_tensors(proto)
         if tensor.external_data and tensor.external_data[0].value == location
     }
+    if mend:
+        for i, tensor in enumerate(tensors):
+            remarks.in_order(stubs[i], tensor)
     return Skeleton(proto, tensors, [stubs[i] for i in range(len(tensors))], location)
 
 

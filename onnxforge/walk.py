@@ -12,7 +12,16 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Scope", "label", "proto_graphs", "proto_tensors", "replace_tensors", "scopes"]
+__all__ = [
+    "Scope",
+    "bodies",
+    "label",
+    "named_tensors",
+    "proto_graphs",
+    "proto_tensors",
+    "replace_tensors",
+    "scopes",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +54,7 @@ class Scope:
         return imports
 
 
-def label(node: ir.Node, index: int) -> str:
+def label(node: ir.Node | onnx.NodeProto, index: int) -> str:
     """The name of a node, or its operator and position in its graph when it has none."""
     return node.name or f"{node.op_type}#{index}"
 
@@ -63,19 +72,20 @@ def scopes(model: ir.Model) -> Iterator[Scope]:
 def _inside(scope: Scope) -> Iterator[Scope]:
     yield scope
     for index, node in enumerate(scope.graph):
-        if not node.attributes:
+        for name, body in bodies(node) if node.attributes else ():
+            path = f"{scope.path}{label(node, index)}/{name}/"
+            yield from _inside(Scope(body, path, scope, scope.function))
+
+
+def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """The graphs that a node runs, each with the name of its attribute."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
             continue
-        for attribute in node.attributes.values():
-            bodies: Iterable[ir.Graph] = ()
-            if attribute.is_ref():
-                continue
-            if attribute.type == ir.AttributeType.GRAPH:
-                bodies = (attribute.as_graph(),)
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                bodies = attribute.as_graphs()
-            for body in bodies:
-                path = f"{scope.path}{label(node, index)}/{attribute.name}/"
-                yield from _inside(Scope(body, path, scope, scope.function))
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from ((attribute.name, body) for body in attribute.as_graphs())
 
 
 def replace_tensors(
@@ -122,11 +132,16 @@ def _replaced(
 
 def proto_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every dense tensor of a proto, sparse ones and training graphs aside."""
+    return (tensor for _, tensor in named_tensors(model))
+
+
+def named_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """The same, each with its name; without one, after the node and attribute it is in."""
     yield from _graph_tensors(model.graph)
     for function in model.functions:
         yield from _node_tensors(function.node)
         for attribute in function.attribute_proto:
-            yield from _attribute_tensors(attribute)
+            yield from _attribute_tensors(attribute, function.name)
 
 
 def proto_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
@@ -148,21 +163,24 @@ def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
                 yield from _bodies(graph.node)
 
 
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    yield from ((tensor.name, tensor) for tensor in graph.initializer)
     yield from _node_tensors(graph.node)
 
 
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
+def _node_tensors(
+    nodes: Iterable[onnx.NodeProto],
+) -> Iterator[tuple[str, onnx.TensorProto]]:
+    for index, node in enumerate(nodes):
         for attribute in node.attribute:
-            yield from _attribute_tensors(attribute)
+            yield from _attribute_tensors(attribute, label(node, index))
 
 
-def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:
-    if attribute.HasField("t"):
-        yield attribute.t
-    yield from attribute.tensors
+def _attribute_tensors(
+    attribute: onnx.AttributeProto, owner: str
+) -> Iterator[tuple[str, onnx.TensorProto]]:
+    for tensor in [*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors]:
+        yield tensor.name or f"{owner}.{attribute.name}", tensor
     if attribute.HasField("g"):
         yield from _graph_tensors(attribute.g)
     for graph in attribute.graphs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ class DataFolder:
     """The data files of one model.
 
     A location must stay inside the folder of the model or inside the folder of the file that
-    the model really is, so that a download cache made of symbolic links works.
+    the model really is, so that a download cache made of symbolic links works. A data file
+    must not have names (hard links) elsewhere: it would not be the model's own.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: Path | None = None) -> None:
@@ -35,6 +37,7 @@ class DataFolder:
             roots.append(model.resolve().parent)
         self._roots = tuple(roots)
         self._files: dict[str, DataFile] = {}
+        self._names: dict[Path, Counter[tuple[int, int]]] = {}
 
     def tensor(self, entries: Mapping[str, str], like: ir.TensorProtocol) -> FileTensor:
         """The tensor that external data entries describe.
@@ -65,11 +68,16 @@ class DataFolder:
 
     def _file(self, location: str, name: str | None) -> DataFile:
         if location not in self._files:
-            self._files[location] = self._checked(location, name)
+            what = f"tensor {name!r}: data location {location!r}"
+            try:
+                self._files[location] = self._checked(location, what)
+            except RuntimeError:  # what a loop of links is before Python 3.13
+                raise ModelError(f"{what} is a loop of links") from None
+            except OSError as error:
+                raise ModelError(f"{what}: {error.strerror}") from None
         return self._files[location]
 
-    def _checked(self, location: str, name: str | None) -> DataFile:
-        what = f"tensor {name!r}: data location {location!r}"
+    def _checked(self, location: str, what: str) -> DataFile:
         named = isinstance(location, str) and location and "\0" not in location
         if not named or location.startswith("*/"):
             raise ModelError(f"{what} is not a file name")
@@ -78,17 +86,30 @@ class DataFolder:
         path = self.folder / location
         if Path(os.path.normpath(location)).parts[:1] == ("..",):
             raise ModelError(f"{what} leaves the folder of the model")
-        try:
-            real = path.resolve(strict=True)
-        except RuntimeError:  # what a loop of links is before Python 3.13
-            raise ModelError(f"{what} is a loop of links") from None
-        except OSError as error:
-            raise ModelError(f"{what}: {error.strerror}") from None
+        real = path.resolve(strict=True)
         if not any(real.is_relative_to(root) for root in self._roots):
             raise ModelError(f"{what} leads out of the folder of the model")
-        if not stat.S_ISREG(real.stat().st_mode):
+        status = real.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise ModelError(f"{what} is not a regular file")
+        if status.st_nlink > 1:
+            known = self._names_of(real, status)
+            # Again: whoever publishes the file this moment may have dropped a name of it.
+            if known < min(status.st_nlink, real.stat().st_nlink):
+                raise ModelError(f"{what} has another name outside of the folder (hard link)")
+        if not os.access(real, os.R_OK):
+            raise ModelError(f"{what}: Permission denied")
         return DataFile(path)
+
+    def _names_of(self, real: Path, status: os.stat_result) -> int:
+        """How many names a file has beside it and in the folders of the model."""
+        folders = {real.parent, *self._roots}
+        for folder in folders - self._names.keys():
+            device = folder.stat().st_dev
+            with os.scandir(folder) as entries:
+                self._names[folder] = Counter((device, entry.inode()) for entry in entries)
+        key = status.st_dev, status.st_ino
+        return sum(self._names[folder][key] for folder in folders)
 
 
 def refuse_unsized(tensor: ir.TensorProtocol) -> None:

@@ -1,87 +1,141 @@
-"""Putting a model and its data file in their places, so that a crash never mixes two pairs."""
+"""Putting models and data files in their places, so that a crash never mixes old and new."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from onnxforge.storage.leftovers import claimed, fcntl, temporary
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["publish"]
 
+_BLOCK = 1 << 20
+
 
 def publish(
-    model: Path,
-    data: Path | None,
-    write_model: Callable[[Path, str], None],
-    write_data: Callable[[Path], None],
+    models: Sequence[Path],
+    data: Sequence[Path],
+    write_model: Callable[[int, Path, Sequence[str]], None],
+    write_data: Callable[[int, Path], None],
+    *,
+    manifest: Path | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a model, and its data file if it has one, and move them to their places.
+    """Write models and the data files they read, and move them to their places.
 
-    Whatever the moment of a crash, the model found under its name has its own data: data go
-    to a temporary name first; a model that points there is published; then the data get
-    their name, which nothing refers to by then; then the model is published again.
+    Whatever the moment of a crash, each model found under its name has its own data: data go
+    to temporary names first; models that point there are published; then copies of the data
+    get their names, which nothing refers to by then; then the models are published again.
+    Copies and not links: readers refuse data that have two names. Where no data are replaced
+    nothing is copied.
 
     Args:
-        model: Where the model goes.
-        data: Where its data go, in the same folder.
-        write_model: Writes the model to a path, for data in the file of the given name.
-        write_data: Writes the data to a path.
+        models: Where the models go.
+        data: Where their data go, in the same folder.
+        write_model: Writes the model of a number to a path, for data files of given names.
+        write_data: Writes the data file of a number to a path.
+        manifest: Where the SHA-256 of each file goes; there is none while it would be wrong.
+        check: Called last before anything is replaced, while no other save publishes.
     """
     token = secrets.token_hex(4)
+    move = _Move(models, data, manifest, token)
+    with claimed(models[0].parent, token):
+        try:
+            # All is written before anything is replaced: the old files may be what is read.
+            for i, path in enumerate(move.fresh):
+                write_data(i, path)
+            for i, path in enumerate(move.final):
+                write_model(i, path, [target.name for target in data])
+            move.sum_up()
+            with _alone(models[0].parent):
+                check()
+                move.run(write_model)
+        finally:
+            move.clean_up()
 
-    def temporary(target: Path, use: str) -> Path:
-        return target.with_name(f".{target.name}.{token}.{use}")
 
-    final = temporary(model, "tmp")
-    if data is None:
-        with _cleaned([final]):
-            write_model(final, "")
-            with _alone(model.parent):
-                _replace(final, model)
-        return
-    interim, new_data, linked = (
-        temporary(model, "interim"),
-        temporary(data, "data"),
-        temporary(data, "link"),
-    )
-    fresh, pointed = True, False
-    try:
-        # All is written before anything is replaced: the old files may be what is read.
-        write_data(new_data)
-        write_model(final, data.name)
-        with _alone(model.parent):
-            fresh = not (model.exists() or data.exists())
-            if fresh:
-                _replace(new_data, data)
-            else:
-                write_model(interim, new_data.name)
-                pointed = True
-                _replace(interim, model)
-                _link(new_data, linked)
-                _replace(linked, data)
-            _replace(final, model)
-    finally:
-        # A rename may have happened although its flush failed or a signal came: look.
-        unfinished = final.exists()
-        in_use = unfinished and pointed and not interim.exists()
-        if unfinished and fresh and not new_data.exists():
-            data.unlink(missing_ok=True)
-        for path in [final, interim, linked, *([] if in_use else [new_data])]:
-            path.unlink(missing_ok=True)
+class _Move:
+    """Temporary files on their way to their places."""
+
+    def __init__(
+        self, models: Sequence[Path], data: Sequence[Path], manifest: Path | None, token: str
+    ) -> None:
+        def temporaries(targets: Sequence[Path], use: str) -> list[Path]:
+            return [temporary(target, token, use) for target in targets]
+
+        self.models, self.data = models, data
+        self.manifests = [] if manifest is None else [manifest]
+        self.final, self.interim = temporaries(models, "tmp"), temporaries(models, "interim")
+        self.fresh, self.copies = temporaries(data, "data"), temporaries(data, "copy")
+        self.sums = temporaries(self.manifests, "tmp")
+        self.aside = temporaries(self.manifests, "old")
+        self.pointed = False  # whether a model may be read that points to temporary data
+
+    def sum_up(self) -> None:
+        """Write the hashes of all files, as ``sha256sum --check`` reads them."""
+        files = [*zip(self.final, self.models, strict=True)]
+        files += zip(self.fresh, self.data, strict=True)
+        for path in self.sums:
+            hashes = _hashes([source for source, _ in files])
+            with path.open("x", encoding="utf-8") as file:
+                path.chmod(0o644)  # whatever the umask, as all files of a bundle
+                lines = zip(hashes, files, strict=True)
+                file.writelines(f"{sha}  {target.name}\n" for sha, (_, target) in lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def run(self, write_model: Callable[[int, Path, Sequence[str]], None]) -> None:
+        """Put everything into its place."""
+        for path, aside in zip(self.manifests, self.aside, strict=True):
+            if path.exists():
+                _replace([path], [aside])
+        if any(target.exists() for target in self.data):
+            for source, copy in zip(self.fresh, self.copies, strict=True):
+                _copy(source, copy)
+            for i, path in enumerate(self.interim):
+                write_model(i, path, [source.name for source in self.fresh])
+            self.pointed = True
+            _replace(self.interim, self.models)
+            _replace(self.copies, self.data)
+        else:
+            _replace(self.fresh, self.data)
+        _replace(self.final, self.models)
+        _replace(self.sums, self.manifests)
+
+    def clean_up(self) -> None:
+        """Remove what is left; a rename may have happened although it failed: look."""
+        waiting = [path.exists() for path in self.final]
+        pairs = zip(waiting, self.interim, strict=True)
+        if self.pointed and any(old and not path.exists() for old, path in pairs):
+            # New models are read already: there is no way back, but one to the end.
+            _replace_rest(self.copies, self.data)
+            _replace_rest(self.final, self.models)
+            _replace_rest(self.sums, self.manifests)
+        elif all(waiting):
+            _replace_rest(self.aside, self.manifests)  # it is true still
+            for path, target in zip(self.fresh, self.data, strict=True):
+                if not path.exists() and not self.pointed:  # its place was free
+                    target.unlink(missing_ok=True)
+        left = [*self.final, *self.interim, *self.copies, *self.sums, *self.aside, *self.fresh]
+        with contextlib.ExitStack() as stack:  # a signal meanwhile does not skip the others
+            for path in left:
+                stack.callback(path.unlink, missing_ok=True)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other saves into this folder from publishing meanwhile."""
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -93,27 +147,46 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def _cleaned(paths: list[Path]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
+def _hashes(paths: Sequence[Path]) -> list[str]:
+    stopped = threading.Event()  # threads notice no signal themselves
+
+    def sha256(path: Path) -> str:
+        sha = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while not stopped.is_set() and (block := file.read(_BLOCK)):
+                sha.update(block)
+        return sha.hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            return list(pool.map(sha256, paths))
+        finally:
+            stopped.set()
 
 
-def _replace(source: Path, target: Path) -> None:
-    source.replace(target)
-    _flush_folder(target.parent)
+def _replace(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        source.replace(target)
+        _flush_folder(target.parent)
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # no hard links here
-        shutil.copyfile(source, target)
-        with target.open("rb+") as file:
-            os.fsync(file.fileno())
+def _replace_rest(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        if source.exists():
+            _replace([source], [target])
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        target.chmod(0o644)
+        try:  # inside the kernel, which shares the blocks where the file system can
+            while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
+                pass
+        except (AttributeError, OSError):
+            for file in (reader, writer):
+                file.seek(0)
+            shutil.copyfileobj(reader, writer, _BLOCK)
+        os.fsync(writer.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -79,7 +79,7 @@ class _Output:
         """Copy inside the kernel; False where the system cannot."""
         if not self._kernel_copy:
             return False
-        with tensor.file.open() as file:
+        with tensor.file.open(tensor.name) as file:
             source, at = tensor.offset + start, offset
             while at < offset + stop - start:
                 count = self._copy_some(file.fileno(), source, at, offset + stop - start - at)
@@ -126,6 +126,9 @@ class _Job:
                     self.output.write_at(part.offset, memoryview(part.content))
                 else:
                     self._tensor(part.content, part.offset)
+        except BaseException as error:
+            self.failed = error  # threads notice no signal themselves
+            raise
         finally:
             self.pool.shutdown(wait=True)
             self.flusher.shutdown(wait=True)
@@ -157,6 +160,8 @@ class _Job:
         self.slots.release()
 
     def _copy(self, tensor: FileTensor, start: int, stop: int, offset: int) -> None:
+        if self.failed is not None:
+            return
         if self.output.copy(tensor, start, stop, offset):
             self._count(stop - start)
             return
@@ -166,6 +171,8 @@ class _Job:
             self._block(read, at, end, offset + at - start)
 
     def _block(self, read: Reader, start: int, stop: int, offset: int) -> None:
+        if self.failed is not None:
+            return
         block = self.buffers.block[: stop - start]
         read(start, block)
         self.output.write_at(offset, block.data)

@@ -404,7 +404,7 @@ FP16W = ("run", "--passes", "fp16w")
 OVERFLOW = "fp16w{min_bytes=0 on_overflow=error}"
 WRONG = {
     "missing file": ([*FP16W, "none.onnx", "o.onnx"], ["none.onnx", "No such file"]),
-    "folder": ([*FP16W, "results", "o.onnx"], ["results", "directory"]),
+    "folder": ([*FP16W, "results", "o.onnx"], ["results", "regular file"]),
     "text": ([*FP16W, "text.onnx", "o.onnx"], ["text.onnx", "not an ONNX model"]),
     "cut": ([*FP16W, "cut.onnx", "o.onnx"], ["cut.onnx", "not an ONNX model"]),
     "empty": ([*FP16W, "empty.onnx", "o.onnx"], ["empty.onnx", "not an ONNX model"]),
@@ -912,3 +912,22 @@ def test_a_result_never_replaces_what_another_job_reads(forge: Command, folder: 
     assert (done.code, done.out) == (2, "")
     assert_one_line(done, "is read for")
     assert content(folder) == before
+
+
+def test_no_name_in_a_model_commands_the_terminal(forge: Command, folder: Path) -> None:
+    evil = "Evil\x1b[31m\nfake: line\u202e"
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(evil, ["x"], ["y"], domain=evil, name=evil)],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, [1])],
+        [onnx.helper.make_tensor_value_info("y", 1, [1])],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(evil, 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, producer_name=evil)
+    (folder / "evil.onnx").write_bytes(model.SerializeToString())
+    for words in (["inspect", "evil.onnx"], ["run", "--passes", "assert-pure", "evil.onnx"]):
+        done = forge(*words)
+        assert "fake" in done.out + done.err
+        for line in (done.out + done.err).splitlines():
+            assert line.isprintable()
+            assert not line.startswith("fake")

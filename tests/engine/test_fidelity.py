@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 from onnxforge.fidelity import difference
-from support import fixtures
+from support import fixtures, protos
 
 Change = Callable[[ModelProto], object]
 
@@ -263,6 +263,7 @@ def test_a_change_is_found_and_told(name: str) -> None:
     assert found.startswith("model.")
     assert "\n" not in found
     assert difference(after, before) is not None
+    assert protos.unlike(before, after) is not None
 
 
 def _blank_strings(m: ModelProto) -> None:
@@ -387,6 +388,7 @@ def test_any_one_value_that_changed_is_found(name: str, data: st.DataObject) -> 
         value[index] = altered(value[index])
     if before == after or math.isnan(_float(value, index)):
         return  # twice infinity, and NaN
+    assert protos.unlike(before, after) is not None
     found = difference(before, after)
     assert found is not None
     assert field in found or "not in both" in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from onnxforge import lazy, model_io, saving
+from onnxforge import lazy, model_io, placement, saving
 from onnxforge.errors import ModelError
 from onnxforge.lazy import (
     DataFile,
@@ -324,7 +325,7 @@ def test_a_derived_tensor_can_be_derived_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["inline", "sidecar"])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_saving_evaluates_each_element_once(
-    tmp_path: Path, layout: saving.Layout, workers: int
+    tmp_path: Path, layout: placement.Layout, workers: int
 ) -> None:
     kernels = []
     weights = {}
@@ -486,14 +487,15 @@ def test_a_file_that_changed_after_loading_is_noticed(
     ):
         with pytest.raises(ModelError) as raised:
             use()
-        assert str(raised.value) == f"{source.file.path}: changed since the model was loaded"
+        what = f"{source.file.path}: tensor {source.name!r}"
+        assert str(raised.value) == f"{what}: changed since the model was loaded"
     assert {path.name for path in tmp_path.iterdir()} == {"floats.bin"}
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     tensor = floats(tmp_path, ramp(3))
     tensor.file.path.unlink()
-    with pytest.raises(ModelError, match=r"floats\.bin: No such file"):
+    with pytest.raises(ModelError, match=r"floats\.bin: tensor '\w+': No such file"):
         tensor.numpy()
     with pytest.raises(ModelError, match=r"floats\.bin: No such file"):
         DataFile(tensor.file.path)
@@ -508,18 +510,19 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(
     opened = DataFile.open
     whole = path.read_bytes()
 
-    def cut(file: DataFile):
-        stream = opened(file)
-        os.truncate(path, len(whole) // 2)
-        return stream
+    @contextlib.contextmanager
+    def cut(file: DataFile, name: str | None = None):
+        with opened(file, name) as stream:
+            os.truncate(path, len(whole) // 2)
+            yield stream
 
     monkeypatch.setattr(DataFile, "open", cut)
-    with pytest.raises(ModelError, match=r"floats\.bin: (ends before byte|changed since)"):
+    with pytest.raises(ModelError, match=r"floats\.bin: .*(ends before byte|changed since)"):
         tensor.numpy()
     monkeypatch.undo()
     tensor = floats(tmp_path, ramp(size))
     monkeypatch.setattr(DataFile, "open", cut)
-    with pytest.raises(ModelError, match=r"floats\.bin: (ends before byte|changed since)"):
+    with pytest.raises(ModelError, match=r"floats\.bin: .*(ends before byte|changed since)"):
         saving.save(holding({"w": tensor}), tmp_path / "model.onnx", layout="sidecar")
     assert {path.name for path in tmp_path.iterdir()} == {"floats.bin"}
 

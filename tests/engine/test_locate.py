@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -195,9 +196,35 @@ def test_a_link_to_nothing_is_refused(folder: Path) -> None:
 
 
 @posix
-def test_a_hard_link_is_a_file_like_any_other(folder: Path) -> None:
-    (folder / "hard.bin").hardlink_to(folder.parent / "secret.bin")
-    assert located(folder, location="hard.bin").tobytes() == CONTENT[:BYTES]
+@pytest.mark.parametrize("location", ["hard.bin", "link.bin", "sub/hard.bin"])
+def test_a_hard_link_out_of_the_folder_is_refused(folder: Path, location: str) -> None:
+    (folder / "link.bin").symlink_to("hard.bin")
+    (folder / location).parent.joinpath("hard.bin").hardlink_to(folder.parent / "secret.bin")
+    assert_refused(folder, "has another name outside of the folder", location=location)
+
+
+@posix
+def test_a_file_may_have_several_names_inside_the_folder(folder: Path) -> None:
+    for name in ("hard.bin", "harder.bin"):
+        (folder / name).hardlink_to(folder / "sub" / "data.bin")
+    assert located(folder, location="sub/data.bin").tobytes() == CONTENT[:BYTES]
+    (folder.parent / "outside" / "hard.bin").hardlink_to(folder / "hard.bin")
+    assert_refused(folder, "has another name outside of the folder", location="sub/data.bin")
+
+
+@posix
+def test_a_name_that_goes_while_names_are_counted_is_no_other_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "new.bin").hardlink_to(folder / "data.bin")
+    scan = os.scandir
+
+    def late(path: Path) -> Any:
+        (folder / "new.bin").unlink(missing_ok=True)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert located(folder, location="data.bin").tobytes() == CONTENT[:BYTES]
 
 
 @posix

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,9 +28,10 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from onnxforge import lazy, model_io, saving
+from onnxforge import lazy, model_io, placement, saving
 from onnxforge.errors import ModelError
 from onnxforge.lazy import DerivedTensor
+from onnxforge.placement import PLACEMENT, Placement
 from onnxforge.storage import writer
 from support import payload
 
@@ -42,8 +43,8 @@ posix = pytest.mark.skipif(os.name == "nt", reason="the calls of POSIX")
 class Case(NamedTuple):
     """What is there before, and what is written."""
 
-    before: saving.Layout | None
-    after: saving.Layout
+    before: placement.Layout | None
+    after: placement.Layout
     in_place: bool = False
 
     def __str__(self) -> str:
@@ -352,7 +353,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tests = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": tests}
     command = [sys.executable, __file__, str(folder)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    subprocess.run(command, env=environment, check=True, timeout=300)
     return folder
 
 
@@ -362,23 +363,25 @@ def can_die(step: str) -> bool:
 
 def _main() -> None:
     """Save every case again and again, and die one step later each time."""
+    os.fsync = lambda fd: None  # a process dies here, not a disk
     for i, case in enumerate(CASES):
         for at in itertools.count(1):
             folder = Path(sys.argv[1]) / str(i) / str(at)
             source = prepared(folder, case)
-            if _dies_at(at, folder, case, source) == 0:
+            if _dies_at(at, can_die, partial(save_new, folder, case, source)) == 0:
                 break
+    _save_bundles(Path(sys.argv[1]) / "bundles")
 
 
-def _dies_at(at: int, folder: Path, case: Case, source: Path) -> int:
+def _dies_at(at: int, only: Callable[[str], bool], save: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
-        with Tripwire(at, lambda: os._exit(9), can_die).laid():
-            save_new(folder, case, source)
+        with Tripwire(at, lambda: os._exit(9), only).laid():
+            save()
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, 9):
-        raise RuntimeError(f"{case} ended with {code} at step {at}")
+        raise RuntimeError(f"a save ended with {code} at step {at}")
     return code
 
 
@@ -455,7 +458,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "_COPY_BYTES", 1000)
 
 
-def unchanged(folder: Path, layout: saving.Layout) -> Path:
+def unchanged(folder: Path, layout: placement.Layout) -> Path:
     """Save the old model as it is, so that its bytes are copied."""
     folder.mkdir(exist_ok=True)
     (folder / "source.onnx").write_bytes(OLD.SerializeToString())
@@ -545,7 +548,7 @@ def test_a_poorer_system_writes_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     system: Callable[[pytest.MonkeyPatch], None],
-    layout: saving.Layout,
+    layout: placement.Layout,
 ) -> None:
     rich = contents(unchanged(tmp_path / "rich", layout))
     with monkeypatch.context() as patch:
@@ -646,10 +649,6 @@ def test_of_two_inline_saves_at_once_one_is_there_whole(tmp_path: Path) -> None:
             assert set(contents(tmp_path / "out")) == {NAME}
 
 
-if __name__ == "__main__":
-    _main()
-
-
 def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -704,3 +703,327 @@ def test_of_two_saves_at_once_one_is_there_whole(
     other.join()
     assert found(tmp_path / "out") in ("old", "new")
     assert temporaries(tmp_path / "out") == set()
+
+
+# Several data files, and several models that share them.
+
+FIRST, SECOND = "first.onnx", "second.onnx"
+
+
+def asked(max_bytes: int | None = None, *, manifest: bool = False) -> Placement:
+    return Placement(single=max_bytes is None, max_bytes=max_bytes, manifest=manifest)
+
+
+class Bundle(NamedTuple):
+    """Models that one call writes: how they lay before, and how they are to lie."""
+
+    before: Placement | None
+    after: Placement
+    models: tuple[str, ...] = (NAME,)
+    in_place: bool = False
+    shared: bool = True  # before
+
+    def __str__(self) -> str:
+        before = "nothing" if self.before is None else self.before.max_bytes or "one"
+        texts = [f"{self.after.max_bytes or 'one'} over {before}", "in place" * self.in_place]
+        texts += ["together" * (len(self.models) > 1), "apart before" * (not self.shared)]
+        texts.append("with hashes" * self.after.manifest)
+        return " ".join(filter(None, texts))
+
+
+PAIR = (FIRST, SECOND)
+# The weights of a model are 2048, 2800 and 2400 bytes; the first two are those of the other.
+MANY, FEW = asked(3000), asked(5000)
+BUNDLES = [
+    Bundle(None, MANY),
+    Bundle(asked(), MANY),
+    Bundle(MANY, asked()),
+    Bundle(MANY, FEW, in_place=True),
+    Bundle(asked(5000, manifest=True), asked(3000, manifest=True)),
+    Bundle(None, asked(manifest=True), PAIR),
+    Bundle(asked(), asked(), PAIR),
+    Bundle(asked(3000, manifest=True), asked(5000, manifest=True), PAIR, in_place=True),
+    Bundle(FEW, MANY, PAIR),
+    Bundle(asked(), FEW, PAIR, shared=False),
+]
+in_every_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=str)
+
+
+@pytest.fixture
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps fail here and no power, so nobody has to wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@cache
+def member(name: str, tag: str) -> onnx.ModelProto:
+    """A model of a bundle: two weights that all have and one of its own."""
+    model = proto(tag, 1 if tag == "old" else 2)
+    start, factor = PAIR.index(name) if name in PAIR else 0, 1 if tag == "old" else 2
+    own = np.arange(start, start + 600, dtype=np.float32) * factor
+    model.graph.initializer.append(numpy_helper.from_array(own, "own"))
+    return model
+
+
+def put(models: list[tuple[ir.Model, Path]], placement: Placement, shared: bool) -> None:
+    for model, _ in models:
+        model.meta[PLACEMENT] = placement
+    if shared and len(models) > 1:
+        saving.save_shared(models, force=True, workers=1)
+    else:
+        for model, path in models:
+            saving.save(model, path, force=True, workers=1)
+
+
+def laid_out(folder: Path, bundle: Bundle) -> None:
+    """Put what is there before into a folder."""
+    out = folder / "out"
+    out.mkdir(parents=True)
+    for name in bundle.models:
+        (folder / name).write_bytes(member(name, "old").SerializeToString())
+    if bundle.before is not None:
+        jobs = [(model_io.load(folder / name), out / name) for name in bundle.models]
+        put(jobs, bundle.before, bundle.shared)
+
+
+def save_bundle(folder: Path, bundle: Bundle) -> None:
+    out = folder / "out"
+    sources = [(out if bundle.in_place else folder) / name for name in bundle.models]
+    jobs = [(to_new(model_io.load(source)), out / source.name) for source in sources]
+    put(jobs, bundle.after, shared=True)
+
+
+def state(folder: Path, bundle: Bundle) -> tuple[str, ...]:
+    """What is there under the name of each model, after every weight and hash was checked."""
+    tags = []
+    for name in bundle.models:
+        tag = "nothing"
+        if (folder / name).exists():
+            tag = onnx.load(folder / name, load_external_data=False).graph.name
+            pairs = payload.payloads(member(name, tag), Path())
+            shas = {place: payload.hashlib.sha256(data).hexdigest() for place, data in pairs}
+            assert payload.tensor_digests(folder / name) == shas, f"{name} with other weights"
+            assert model_io.load(folder / name)  # no file has a name too many
+        tags.append(tag)
+    for manifest in folder.glob("*.sha256"):
+        told = dict(line.split("  ")[::-1] for line in manifest.read_text().splitlines())
+        content = {
+            n: payload.hashlib.sha256(b).hexdigest() for n, b in contents(folder).items()
+        }
+        assert {**content, **told} == content, "a hash is wrong"
+        assert set(bundle.models) <= set(told)
+    return tuple(tags)
+
+
+def data_of(folder: Path, bundle: Bundle) -> set[str]:
+    """The data files that the models there point to."""
+    there = [folder / name for name in bundle.models if (folder / name).exists()]
+    models = [onnx.load(path, load_external_data=False) for path in there]
+    entries = [e for model in models for t in model.graph.initializer for e in t.external_data]
+    return {entry.value for entry in entries if entry.key == "location"}
+
+
+def named(bundle: Bundle) -> set[str]:
+    """The data files that there are to be."""
+    base = NAME if len(bundle.models) == 1 else "shared.onnx"
+    if bundle.after.single:
+        return {f"{base}_data"}
+    # Two of them fit into 5000 bytes, in whichever order, and none but one into 3000.
+    count = 2 + len(bundle.models) if bundle.after.max_bytes == 3000 else 2
+    return {f"{base}.data.{number:03}" for number in range(count)}
+
+
+@pytest.mark.usefixtures("no_flush")
+@in_every_bundle
+def test_the_new_bundle_has_its_names_and_is_all_there_is_new(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    laid_out(tmp_path, bundle)
+    out = tmp_path / "out"
+    before = contents(out)
+    save_bundle(tmp_path, bundle)
+    assert state(out, bundle) == ("new",) * len(bundle.models)
+    assert data_of(out, bundle) == named(bundle)
+    manifests = {"model.onnx.sha256", "shared.onnx.sha256"} & set(contents(out))
+    assert bool(manifests) == bundle.after.manifest
+    assert set(contents(out)) == {*bundle.models, *named(bundle), *manifests} | set(before)
+    for manifest in manifests:
+        lines = (out / manifest).read_text().splitlines()
+        assert [line[66:] for line in lines] == [*bundle.models, *sorted(named(bundle))]
+
+
+def moves(step: str) -> bool:
+    return step.split(" ", 1)[1] in ("replace", "unlink", "link")
+
+
+def fails_at(
+    folder: Path, bundle: Bundle, only: Callable[[str], bool], act: Callable[[], object]
+) -> Iterator[tuple[Path, str, dict[str, bytes]]]:
+    """Fail at each step in turn; give the folder, the step and what was there before."""
+    for at in itertools.count(1):
+        here = folder / str(at)
+        laid_out(here, bundle)
+        before = contents(here / "out")
+        quiet = contextlib.suppress(ModelError, KeyboardInterrupt)
+        with Tripwire(at, act, only).laid() as wire, quiet:
+            save_bundle(here, bundle)
+        if len(wire.steps) < at:
+            assert at > len(bundle.models)
+            return
+        yield here / "out", wire.steps[at - 1], before
+
+
+@pytest.mark.usefixtures("no_flush")
+@in_every_bundle
+@pytest.mark.parametrize("act", [fail, interrupt])
+def test_after_any_failure_each_model_has_its_own_data(
+    tmp_path: Path, bundle: Bundle, act: Callable[[], None]
+) -> None:
+    def only(step: str) -> bool:
+        return moves(step) and step.startswith("before" if act is fail else "after")
+
+    was = ("old" if bundle.before else "nothing",) * len(bundle.models)
+    moved = False
+    for out, step, before in fails_at(tmp_path, bundle, only, act):
+        now = state(out, bundle)
+        assert set(now) <= {was[0], "new"}, step
+        if "unlink" not in step:  # data go together: one that is read keeps the others
+            assert not temporaries(out) or temporaries(out) & data_of(out, bundle), step
+        if not moved and step in ("before replace", "before link"):
+            assert contents(out) == before, "nothing had been moved"
+            moved = True
+    assert moved or act is interrupt
+
+
+def can_die_in_a_bundle(step: str) -> bool:
+    return moves(step) and step.startswith("before")  # what is after one is before the next
+
+
+def _save_bundles(folder: Path) -> None:
+    """The same with every bundle."""
+    for i, bundle in enumerate(BUNDLES):
+        for at in itertools.count(1):
+            here = folder / str(i) / str(at)
+            laid_out(here, bundle)
+            save = partial(save_bundle, here, bundle)
+            if _dies_at(at, can_die_in_a_bundle, save) == 0:
+                break
+
+
+@pytest.mark.usefixtures("no_flush")
+@in_every_bundle
+def test_after_a_crash_at_any_step_each_model_has_its_own_data(
+    crashed: Path, bundle: Bundle
+) -> None:
+    folders = sorted(
+        (crashed / "bundles" / str(BUNDLES.index(bundle))).iterdir(), key=lambda p: int(p.name)
+    )
+    assert len(folders) > 4 * len(bundle.models)
+    states = [state(folder / "out", bundle) for folder in folders]
+    was = "old" if bundle.before else "nothing"
+    assert states[0] == (was,) * len(bundle.models)
+    assert states[-1] == ("new",) * len(bundle.models)
+    for tags in zip(*states, strict=True):
+        assert list(tags) == sorted(tags, key=[was, "new"].index), "new, and then old again"
+    assert temporaries(folders[-1] / "out") == set()
+    for folder in folders:
+        if not bundle.in_place or set(state(folder / "out", bundle)) == {"old"}:
+            save_bundle(folder, bundle)
+            assert state(folder / "out", bundle) == ("new",) * len(bundle.models)
+            assert data_of(folder / "out", bundle) == named(bundle)
+
+
+@posix
+@in_every_bundle
+@pytest.mark.parametrize("links", [True, False])
+def test_no_file_of_a_bundle_gets_its_name_before_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Bundle, links: bool
+) -> None:
+    laid_out(tmp_path, bundle)
+    flushed = {path.stat().st_ino for path in (tmp_path / "out").iterdir()}
+    pending: list[str] = []  # what was done to the folder since it was flushed
+    real = Path.replace
+
+    def fsync(fd: int) -> None:
+        status = os.fstat(fd)
+        flushed.add(status.st_ino)
+        if stat.S_ISDIR(status.st_mode):
+            pending.clear()
+
+    def replace(source: Path, target: Path) -> Path:
+        assert source.stat().st_ino in flushed, f"{source.name} is not on the disk"
+        assert not pending
+        pending.append(target.name)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: fail())
+    save_bundle(tmp_path, bundle)
+    assert pending == []
+    assert state(tmp_path / "out", bundle) == ("new",) * len(bundle.models)
+    assert {path.stat().st_nlink for path in (tmp_path / "out").iterdir()} == {1}
+
+
+# Hashes.
+
+
+@pytest.mark.usefixtures("no_flush")
+@posix
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_hashes_are_those_of_the_files(tmp_path: Path, mask: int) -> None:
+    bundle = Bundle(None, asked(3000, manifest=True))
+    laid_out(tmp_path, bundle)
+    before = os.umask(mask)
+    try:
+        save_bundle(tmp_path, bundle)
+    finally:
+        os.umask(before)
+    out = tmp_path / "out"
+    files = [NAME, *(f"{NAME}.data.00{i}" for i in range(3))]
+    lines = [
+        f"{payload.hashlib.sha256((out / f).read_bytes()).hexdigest()}  {f}" for f in files
+    ]
+    manifest = out / f"{NAME}.sha256"
+    assert manifest.read_text() == "\n".join([*lines, ""])
+    assert manifest.stat().st_mode & 0o7777 == 0o644
+    if shutil.which("sha256sum"):
+        command = ["sha256sum", "--check", "--strict", manifest.name]
+        subprocess.run(command, cwd=out, check=True, capture_output=True)
+        (out / files[2]).write_bytes(b"damaged")
+        assert subprocess.run(command, cwd=out, check=False, capture_output=True).returncode
+
+
+@pytest.mark.usefixtures("no_flush")
+def test_hashes_of_what_was_replaced_are_replaced_or_told(tmp_path: Path) -> None:
+    bundle = Bundle(asked(3000, manifest=True), asked(5000, manifest=True))
+    laid_out(tmp_path, bundle)
+    out = tmp_path / "out"
+    manifest, model = out / f"{NAME}.sha256", model_io.load(tmp_path / NAME)
+    before = contents(out)
+    (out / NAME).unlink()
+    model.meta[PLACEMENT] = bundle.after
+    with pytest.raises(ModelError, match=r"data\.000: exists; --force"):
+        saving.save(model, out / NAME)
+    (out / NAME).write_bytes(before[NAME])
+    saved = saving.save(model, out / NAME, force=True)
+    assert saved.left == (out / f"{NAME}.data.002",)
+    assert saved.files[manifest] == manifest.stat().st_size
+    assert manifest.read_bytes() != before[manifest.name]
+    model = model_io.load(tmp_path / NAME)
+    model.meta[PLACEMENT] = asked(5000)
+    assert saving.save(model, out / NAME, force=True).left == (manifest,)
+    model = model_io.load(tmp_path / NAME)
+    model.meta[PLACEMENT] = bundle.after
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / manifest.name).write_text("precious")
+    with pytest.raises(
+        ModelError, match=r"model\.onnx\.sha256: exists; --force overwrites it"
+    ):
+        saving.save(model, tmp_path / "new" / NAME)
+    assert contents(tmp_path / "new") == {manifest.name: b"precious"}
+
+
+if __name__ == "__main__":
+    _main()

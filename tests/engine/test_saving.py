@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxforge import lazy, model_io, saving
+from onnxforge import lazy, model_io, placement, saving
 from onnxforge.errors import ModelError
 from onnxforge.lazy import DerivedTensor
+from onnxforge.placement import PLACEMENT, Layout, Placement
 from onnxforge.storage import writer
 from support import fixtures, oracle, payload
 
-LAYOUTS: list[saving.Layout] = ["keep", "inline", "sidecar"]
+LAYOUTS: list[Layout] = ["keep", "inline", "sidecar"]
 in_every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 on_every_fixture = pytest.mark.parametrize("name", fixtures.names())
 posix = pytest.mark.skipif(os.name == "nt", reason="modes and masks of POSIX")
@@ -186,7 +187,7 @@ def test_keep_keeps_a_file_alone_alone_and_data_files_outside(
 @in_every_layout
 @on_every_fixture
 def test_the_files_and_sizes_that_were_written_are_told(
-    tmp_path: Path, name: str, layout: saving.Layout
+    tmp_path: Path, name: str, layout: Layout
 ) -> None:
     result = saving.save(
         model_io.load(fixtures.built(name)), tmp_path / "model.onnx", layout=layout
@@ -285,7 +286,8 @@ def assert_tidy(path: Path, align: int) -> None:
 def test_a_sidecar_is_tidy(tmp_path: Path, name: str, align: int) -> None:
     path = tmp_path / "model.onnx"
     model_ = model_io.load(fixtures.built(name))
-    result = saving.save(model_, path, layout="sidecar", align=align)
+    model_.meta[PLACEMENT] = Placement(align=align)
+    result = saving.save(model_, path)
     if result.layout == "sidecar":
         assert_tidy(path, align)
     assert payload.tensor_digests(path) == payload.tensor_digests(fixtures.built(name))
@@ -310,7 +312,10 @@ def test_any_weights_lie_tidy_and_whole(
         for i, (count, kind) in enumerate(zip(counts, kinds, strict=False))
     ]
     weights = [numpy_helper.from_array(a, f"w{i}") for i, a in enumerate(arrays)]
-    path = save(model(weights), folder, layout="sidecar", align=align, workers=workers)
+    loaded = model_io.load(written(model(weights), folder / "source"))
+    loaded.meta[PLACEMENT] = Placement(align=align)
+    path = folder / "model.onnx"
+    saving.save(loaded, path, workers=workers)
     outside = {f"w{i}" for i, array in enumerate(arrays) if array.nbytes >= 1024}
     assert set(places(path)) == outside
     if outside:
@@ -347,7 +352,7 @@ def test_one_tensor_under_two_names_is_stored_once(tmp_path: Path) -> None:
 @in_every_layout
 @pytest.mark.parametrize("name", ["speech_encoder", "hiding_places", "external_two"])
 def test_any_number_of_workers_writes_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: saving.Layout
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: Layout
 ) -> None:
     for module in (writer, lazy):
         monkeypatch.setattr(module, "BLOCK_BYTES", 512)
@@ -363,7 +368,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
 
 _SAVE = """
 import sys
-from onnxforge import lazy, model_io, saving
+from onnxforge import lazy, model_io, placement, saving
 saving.save(model_io.load(sys.argv[1]), sys.argv[2], layout=sys.argv[3])
 """
 
@@ -429,7 +434,7 @@ def test_files_can_be_read_by_all(tmp_path: Path, mask: int, overwrite: bool) ->
     loaded = model_io.load(fixtures.built("external_one"))
     path = tmp_path / "model.onnx"
     if overwrite:
-        for old in (path, saving.data_path(path)):
+        for old in (path, path.with_name("model.onnx_data")):
             old.write_bytes(b"old")
             old.chmod(0o600)
     with umask(mask):
@@ -481,9 +486,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
 
 @in_every_layout
 @on_every_fixture
-def test_a_model_can_be_saved_over_itself(
-    tmp_path: Path, name: str, layout: saving.Layout
-) -> None:
+def test_a_model_can_be_saved_over_itself(tmp_path: Path, name: str, layout: Layout) -> None:
     path = fixtures.copied(name, tmp_path)
     before = payload.tensor_digests(path)
     loaded = model_io.load(path)
@@ -500,7 +503,7 @@ def test_a_model_can_be_saved_over_itself(
 
 @pytest.mark.parametrize("layouts", [("sidecar", "inline"), ("inline", "sidecar")])
 def test_a_model_with_constants_inside_and_weights_outside_can_change_in_place(
-    tmp_path: Path, layouts: tuple[saving.Layout, saving.Layout]
+    tmp_path: Path, layouts: tuple[Layout, Layout]
 ) -> None:
     source = written(hiding(), tmp_path / "source")
     path = tmp_path / "model.onnx"
@@ -524,9 +527,7 @@ def test_a_model_saved_over_its_own_files_says_that_they_changed(tmp_path: Path)
 
 @in_every_layout
 @on_every_fixture
-def test_a_model_can_be_saved_beside_itself(
-    tmp_path: Path, name: str, layout: saving.Layout
-) -> None:
+def test_a_model_can_be_saved_beside_itself(tmp_path: Path, name: str, layout: Layout) -> None:
     source = fixtures.copied(name, tmp_path)
     before = contents(tmp_path)
     path = tmp_path / "beside.onnx"
@@ -572,7 +573,7 @@ def test_the_output_may_have_any_name(tmp_path: Path, name: str) -> None:
 @pytest.fixture
 def two_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if protobuf took 6,000 bytes."""
-    for module in (saving, model_io):
+    for module in (placement, model_io):
         monkeypatch.setattr(module, "MAX_PROTO_BYTES", 6000)
 
 
@@ -615,9 +616,7 @@ def test_a_model_too_large_for_inline_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", fixtures.names(runs=True))
 @in_every_layout
-def test_the_runtime_gives_the_same_outputs(
-    tmp_path: Path, name: str, layout: saving.Layout
-) -> None:
+def test_the_runtime_gives_the_same_outputs(tmp_path: Path, name: str, layout: Layout) -> None:
     source = fixtures.built(name)
     path = tmp_path / "model.onnx"
     saving.save(model_io.load(source), path, layout=layout)

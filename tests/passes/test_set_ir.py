@@ -144,7 +144,7 @@ def test_a_refusal_names_the_lowest_version_possible() -> None:
 def test_a_refusal_stays_short() -> None:
     model = dense(14)
     for i in range(9):
-        model.graph.initializer.add(name=f"s{i}", data_type=TensorProto.INT4)
+        model.graph.initializer.add(name=f"s{i}", data_type=TensorProto.INT4, raw_data=b"1")
     text = refusal(model, 9)
     assert text.count("is INT4") == 5
     assert "4 more; max=10 or use another type" in text
