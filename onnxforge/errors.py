@@ -61,7 +61,7 @@ class ModelError(OnnxforgeError):
 
 
 class DataError(OnnxforgeError):
-    """Samples cannot be read or do not fit a model; the message names the file and the input."""
+    """Samples cannot be read or do not fit a model; the message names file and input."""
 
 
 class Refused(OnnxforgeError):
