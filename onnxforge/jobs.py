@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError, OnnxforgeError
 from onnxforge.model_io import files, load
-from onnxforge.saving import may_write, refuse_to_overwrite
+from onnxforge.saving import SHARED, may_write, refuse_to_overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,10 +31,16 @@ def refuse_entangled(jobs: Sequence[Job]) -> None:
             raise OnnxforgeError(f"{source}: its result {both[0]} is read for {jobs[j][0]}")
 
 
-def refuse_report(report: Path, jobs: Sequence[Job], *, force: bool) -> None:
+def refuse_report(
+    report: Path, jobs: Sequence[Job], *, force: bool, shared: bool = False
+) -> None:
     """Raise OnnxforgeError where a report would cost a model or cannot be written."""
     place = report.resolve()
-    if any(place in _read(source) or _writes(target, place) for source, target in jobs):
+    targets = [target for _, target in jobs]
+    if shared:
+        targets += [target.with_name(SHARED) for target in targets if target is not None]
+    read = any(place in _read(source) for source, _ in jobs)
+    if read or any(_writes(target, place) for target in targets):
         raise OnnxforgeError(f"--report {report}: is the place of a model")
     refuse_to_overwrite([report.absolute()], force=force)
 

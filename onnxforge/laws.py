@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from onnxforge.core import Effect
 from onnxforge.errors import BrokenPass, Refused, RuntimeFailed
@@ -25,8 +26,6 @@ from onnxforge.walk import proto_graphs, proto_tensors
 from onnxforge.weights import Weights
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from onnxforge.core import Pass, Result
 
 __all__ = ["Witness", "digest", "payloads"]
@@ -49,8 +48,11 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
     found = []
     for weight in Weights(model):
         sha = hashlib.sha256()
-        for block in stream(weight.tensor):
-            sha.update(block.data)
+        if weight.dtype == ir.DataType.STRING:
+            sha.update(repr(weight.tensor.numpy().tolist()).encode())
+        else:
+            for block in stream(weight.tensor):
+                sha.update(block.data)
         found.append((weight.where, sha.hexdigest()))
     return sorted(found)
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -208,7 +208,7 @@ class PassManager:
         if target is not None:
             refuse_to_overwrite([Path(target).absolute()], force=force)
         with about(Path(source)):
-            model, report = self._loaded(source)
+            model, report = self._loaded(source, writes=target is not None)
             if target is not None:
                 options: Any = {"force": force, "workers": workers, "progress": progress}
                 _tell(report, save(model, target, layout=layout, **options))
@@ -240,18 +240,21 @@ class PassManager:
         models, reports = [], []
         for source, target in jobs:
             with about(Path(source)):
-                model, report = self._loaded(source)
+                model, report = self._loaded(source, writes=True)
             models.append((model, target))
             reports.append(report)
         saved = save_shared(models, force=force, workers=workers, progress=progress)
         targets = {Path(target).absolute() for _, target in jobs}
         for report, (_, target) in zip(reports, jobs, strict=True):
             _tell(report, saved, but=targets - {Path(target).absolute()})
+            saved = replace(saved, left=())  # said once
         return reports
 
-    def _loaded(self, source: str | os.PathLike[str]) -> tuple[ir.Model, Report]:
+    def _loaded(
+        self, source: str | os.PathLike[str], *, writes: bool
+    ) -> tuple[ir.Model, Report]:
         """A model that went through the passes."""
-        model = model_io.load(source, editable=self._edits)
+        model = model_io.load(source, editable=self._edits or writes)
         sizes = {str(path): size for path, size in model_io.files(model).items()}
         report = self._run(model)
         report.source = sizes

@@ -107,7 +107,7 @@ class Division:
         return size + payloads + 16 * len(self.content.tensors)
 
 
-@dataclass
+@dataclass(eq=False)
 class DataFilePlan:
     """A data file to be written.
 
@@ -126,6 +126,14 @@ class DataFilePlan:
     def next(self, align: int) -> int:
         """The next free aligned offset."""
         return -(-self.size // align) * align
+
+    def add(self, unit: _Unit, align: int) -> None:
+        """Put something at the end."""
+        offset, size = self.next(align), unit.tensor.nbytes
+        self.parts.append(Part(offset, unit.tensor))
+        self.stubs += [(stub, offset + at, length) for stub, at, length in unit.members]
+        self.size = offset + size
+        self.payload += size
 
     def point(self, location: str) -> None:
         """Point the tensors of the models to the file of this name."""
@@ -256,7 +264,9 @@ def pack(
     units = _units(divisions, same)
     if placement.order == "size":
         units.sort(key=lambda unit: -unit.tensor.nbytes)
+    smallest = min((unit.tensor.nbytes for unit in units), default=0)
     files: list[DataFilePlan] = []
+    room: list[DataFilePlan] = []  # files that may take one more
     for unit in units:
         size = unit.tensor.nbytes
         if size > limit:
@@ -266,18 +276,18 @@ def pack(
                 f"tensor {unit.where!r}: {size} bytes are too many for a data file of {limit};"
                 f" it takes {way}"
             )
-        # In graph order only the last file is still open, so that neighbours stay together.
-        candidates = files if placement.order == "size" else files[-1:]
-        room = (file for file in candidates if file.next(placement.align) + size <= limit)
-        file = next(room, None)
+        fits = (file for file in room if file.next(placement.align) + size <= limit)
+        file = next(fits, None)
         if file is None:
             file = DataFilePlan()
             files.append(file)
-        offset = file.next(placement.align)
-        file.parts.append(Part(offset, unit.tensor))
-        file.stubs += [(stub, offset + at, size) for stub, at, size in unit.members]
-        file.size = offset + size
-        file.payload += size
+            # In graph order only the last file is open, so that neighbours stay together.
+            if placement.order == "graph":
+                room.clear()
+            room.append(file)
+        file.add(unit, placement.align)
+        if file.next(placement.align) + smallest > limit:
+            room.remove(file)
     if placement.single and len(files) > 1:
         raise ModelError(f"the weights do not fit into one data file of at most {limit} bytes")
     return files

@@ -71,11 +71,12 @@ def pass_class(name: str) -> type[Pass]:
     return _load(_entry(spec.Word(name), entries()))
 
 
-def parse(text: str) -> tuple[Pass, ...]:
+def parse(text: str, *, third_party: bool = True) -> tuple[Pass, ...]:
     """Read a pipeline text and make its passes.
 
     Args:
         text: For example ``fp16w{min_bytes=64KiB},assert-pure``.
+        third_party: Whether passes that are not built in may be in it.
 
     Raises:
         SpecError: The text, a pass name or an option is wrong.
@@ -83,7 +84,7 @@ def parse(text: str) -> tuple[Pass, ...]:
         OnnxforgeError: A third party's pass cannot be imported, or is no pass.
     """
     passes = spec.parse(text).passes
-    known = entries()
+    known = {k: v for k, v in entries().items() if third_party or v.point is None}
     found = [_entry(one.name, known, text) for one in passes]
     classes = [_load(entry) for entry in found]
     return tuple(from_spec(cls, one, text) for cls, one in zip(classes, passes, strict=True))

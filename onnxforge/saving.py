@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +11,34 @@ from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
 from onnxforge.lazy import identity
-from onnxforge.model_io import files, read_skeleton
+from onnxforge.model_io import files
 from onnxforge.placement import PLACEMENT, Division, Layout, Placement, divide, pack
+from onnxforge.readers import data_of, readers
 from onnxforge.skeleton import SOURCE, Source
 from onnxforge.storage import wire
-from onnxforge.storage.leftovers import abandoned
+from onnxforge.storage.leftovers import remove_abandoned
 from onnxforge.storage.publish import publish
 from onnxforge.storage.sharing import by_content
 from onnxforge.storage.writer import Part, write_file
-from onnxforge.walk import proto_tensors
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Progress", "Saved", "may_write", "refuse_to_overwrite", "save", "save_shared"]
+__all__ = [
+    "SHARED",
+    "Progress",
+    "Saved",
+    "may_write",
+    "refuse_to_overwrite",
+    "save",
+    "save_shared",
+]
 
 Progress = Callable[[int, int], None]
 """Told the number of weight bytes just written, and of all that will be."""
+
+SHARED = "shared.onnx"
+"""What the data files of several models are named after."""
 
 _RAW_DATA = 9
 
@@ -107,7 +119,7 @@ def save_shared(
     folders = {target.parent for _, target in jobs}
     if len(folders) != 1:
         raise ModelError("models that share data files go into one folder")
-    work = _Work(jobs, folders.pop() / "shared.onnx", None)
+    work = _Work(jobs, folders.pop() / SHARED, None)
     return work.save(force=force, workers=workers, progress=progress)
 
 
@@ -129,8 +141,13 @@ class _Work:
         self.files = pack(self.divisions, self.placement, same)
         names = self.placement.names(base.name, len(self.files))
         self.data = [base.with_name(name) for name in names]
+        self.base = base
         self.manifest = base.with_name(f"{base.name}.sha256")
+        self.manifests = [self.manifest] if self.placement.manifest else []
         self.sizes: dict[Path, int] = {}
+        for path, times in Counter([*self.targets, *self.data, *self.manifests]).items():
+            if times > 1:
+                raise ModelError(f"{path}: is the place of two files")
 
     def save(self, *, force: bool, workers: int | None, progress: Progress | None) -> Saved:
         targets = [*self.targets, *self.data]
@@ -141,8 +158,7 @@ class _Work:
             refuse_to_overwrite(places, force=force)
 
         check()
-        self._refuse_loss(targets)
-        left = self._left(targets)
+        left = self._left()
         total = sum(self._written_bytes())
 
         def count(written: int) -> None:
@@ -160,46 +176,48 @@ class _Work:
             write_file(to, file.parts, file.size, workers=workers, progress=count)
             self.sizes[self.data[number]] = file.size
 
+        writers = (write_model, write_data)
         try:
-            publish(
-                self.targets,
-                self.data,
-                write_model,
-                write_data,
-                manifest=manifest,
-                check=check,
-            )
-            _remove_abandoned([*targets, self.manifest])
+            publish(self.targets, self.data, *writers, manifest=manifest, check=check)
+            bases = [self.base.name, *(target.name for target in self.targets)]
+            remove_abandoned(self.base.parent, bases, lambda: readers(self.base.parent))
         except OSError as error:
-            raise ModelError(f"{self.targets[0]}: {error.strerror}") from error
-        if manifest is not None:
-            self.sizes[manifest] = manifest.stat().st_size
+            raise ModelError(
+                f"{error.filename2 or self.targets[0]}: {error.strerror}"
+            ) from error
+        if manifest is not None:  # 64 digits, two blanks, the name, the end of the line
+            self.sizes[manifest] = sum(67 + len(path.name.encode()) for path in targets)
         layout = "sidecar" if self.placement.single else "shards"
         return Saved(self.sizes, layout if self.files else "inline", left)
 
-    def _refuse_loss(self, targets: Sequence[Path]) -> None:
+    def _left(self) -> tuple[Path, ...]:
+        """What the models now at the targets read, and nobody will read any more.
+
+        Raises:
+            ModelError: Another model would lose its data.
+        """
+        folder = self.base.parent
         for model, target in self.jobs:
-            _refuse_input(model, target, targets)
-        for data in self.data:
-            _refuse_shared(self.targets, data)
+            _refuse_input(model, target, [*self.targets, *self.data])
+        old = [target for target in self.targets if target.exists()]
+        if not (old or any(path.exists() for path in self.data)):
+            return ()
+        others = readers(folder, but=self.targets)
+        for path in self.data:
+            if path.exists() and (other := others.get(path.resolve())):
+                raise ModelError(f"{path}: holds data of {other} as well, which would be lost")
+        read = {data for target in old for data in data_of(target)} - others.keys()
+        if not self.placement.manifest:
+            read.add(self.manifest)
+        gone = read - {path.resolve() for path in [*self.targets, *self.data]}
+        inside = folder.resolve()
+        return tuple(sorted(p for p in gone if p.parent in (inside, folder) and p.exists()))
 
     def _written_bytes(self) -> Iterator[int]:
         for division in self.divisions:
             tensors = enumerate(division.content.tensors)
             yield sum(tensor.nbytes for i, tensor in tensors if i not in division.outside)
         yield from (file.payload for file in self.files)
-
-    def _left(self, targets: Sequence[Path]) -> tuple[Path, ...]:
-        """The data files that the models now at the targets read, and will not any more."""
-        read = {
-            target.parent / name
-            for target in self.targets
-            if target.exists()
-            for name in _data_names(target)
-        }
-        if not self.placement.manifest:
-            read.add(self.manifest)
-        return tuple(sorted(path for path in read - set(targets) if path.exists()))
 
 
 def _outside(divisions: Iterable[Division]) -> Iterator[ir.TensorProtocol]:
@@ -217,6 +235,8 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
 
 
 def _refuse_taken(path: Path, *, force: bool) -> None:
+    if not path.name.isprintable():  # models and lists of hashes could not say it
+        raise ModelError(f"{str(path)!r}: is no name for a file")
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder")
     if path.is_dir():
@@ -225,36 +245,6 @@ def _refuse_taken(path: Path, *, force: bool) -> None:
         raise ModelError(f"{path}: is not a regular file")
     if os.path.lexists(path) and not force:
         raise ModelError(f"{path}: exists; --force overwrites it")
-
-
-def _refuse_shared(targets: Sequence[Path], data: Path) -> None:
-    """Refuse to replace a data file that another model in its folder reads as well."""
-    if not data.exists():
-        return
-    for other in sorted(data.parent.glob("*.onnx")):
-        ours = any(_is_same(other, target) for target in targets)
-        if not ours and data.name in _data_names(other):
-            raise ModelError(f"{data}: holds data of {other} as well, which would be lost")
-
-
-def _remove_abandoned(targets: Sequence[Path]) -> None:
-    """Remove what killed saves to the same places left, unless a model reads it."""
-    if left := abandoned(targets):
-        models = targets[0].parent.glob("*.onnx")
-        read = {name for model in models for name in _data_names(model)}
-        for path in left:
-            if path.name not in read:
-                path.unlink(missing_ok=True)
-
-
-def _data_names(path: Path) -> set[str]:
-    """Names of the data files of a model; none if it is no model."""
-    try:
-        proto, _, location = read_skeleton(path)
-    except ModelError:
-        return set()
-    places = (e.value for t in proto_tensors(proto) for e in t.external_data)
-    return {os.path.normpath(place) for place in places if place != location}
 
 
 def _refuse_input(model: ir.Model, target: Path, written: Sequence[Path]) -> None:

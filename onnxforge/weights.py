@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxforge import remarks
+from onnxforge.needs import needed_constants
 from onnxforge.storage.writer import default_workers
 from onnxforge.walk import Scope, label, scopes
 
@@ -29,59 +30,10 @@ __all__ = [
     "Weight",
     "Weights",
     "for_each",
-    "needed_constants",
-    "needs_constant",
 ]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-# Inputs whose values a runtime needs when it loads a model, by operator: a shape or a scale
-# that has to be a constant there, not the output of a Cast.
-_NEEDS_CONSTANT: Mapping[str, tuple[int, ...]] = {
-    "BlackmanWindow": (0,),
-    "CenterCropPad": (1,),
-    "Clip": (1, 2),
-    "Col2Im": (1, 2),
-    "ConstantOfShape": (0,),
-    "CumSum": (1,),
-    "DFT": (1, 2),
-    "DequantizeLinear": (1, 2),
-    "Dropout": (1, 2),
-    "Expand": (1,),
-    "HammingWindow": (0,),
-    "HannWindow": (0,),
-    "MaxUnpool": (2,),
-    "MelWeightMatrix": (0, 1, 2, 3, 4),
-    "NonMaxSuppression": (2, 3, 4),
-    "OneHot": (1,),
-    "Pad": (1, 2, 3),
-    "QLinearConv": (1, 2, 4, 5, 6, 7),
-    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
-    "QuantizeLinear": (1, 2),
-    "Range": (0, 1, 2),
-    "ReduceL1": (1,),
-    "ReduceL2": (1,),
-    "ReduceLogSum": (1,),
-    "ReduceLogSumExp": (1,),
-    "ReduceMax": (1,),
-    "ReduceMean": (1,),
-    "ReduceMin": (1,),
-    "ReduceProd": (1,),
-    "ReduceSum": (1,),
-    "ReduceSumSquare": (1,),
-    "Reshape": (1,),
-    "Resize": (1, 2, 3),
-    "STFT": (1, 3),
-    "Slice": (1, 2, 3, 4),
-    "Split": (1,),
-    "SplitToSequence": (1,),
-    "Squeeze": (1,),
-    "Tile": (1,),
-    "TopK": (1,),
-    "Unsqueeze": (1,),
-    "Upsample": (1,),
-}
 
 # Operators that a constant stays a constant behind; the value is their first input.
 _PASSES_CONSTANTS = frozenset(
@@ -95,38 +47,6 @@ _PASSES_CONSTANTS = frozenset(
         "Unsqueeze",
     }
 )
-
-
-def needs_constant(domain: str, op_type: str) -> tuple[int, ...]:
-    """Positions of the inputs of an operator that have to be constants at load time."""
-    return _NEEDS_CONSTANT.get(op_type, ()) if domain in ("", "ai.onnx") else ()
-
-
-def needed_constants(model: ir.Model) -> set[ir.Value]:
-    """Values that a runtime has to know when it loads a model.
-
-    Those that `needs_constant` tells, and what they are made from by Identity and Cast or
-    come from as arguments of a function.
-    """
-    return _needed(model, list(scopes(model)))
-
-
-def _needed(model: ir.Model, all_scopes: Iterable[Scope]) -> set[ir.Value]:
-    formal = {f.identifier(): list(f.inputs) for f in model.functions.values()}
-    nodes = [node for scope in all_scopes for node in reversed(scope.graph)]
-    needed: set[ir.Value | None] = set()
-    known = -1
-    while known < len(needed):
-        known = len(needed)
-        for node in nodes:
-            fixed = set(needs_constant(node.domain, node.op_type))
-            passes_on = node.op_type in ("Cast", "Identity") and not node.domain
-            if passes_on and any(output in needed for output in node.outputs):
-                fixed.add(0)
-            parameters = formal.get(node.op_identifier(), [])
-            fixed.update(i for i, value in enumerate(parameters) if value in needed)
-            needed.update(node.inputs[i] for i in fixed if i < len(node.inputs))
-    return {value for value in needed if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +115,11 @@ class Weight:
     def readers(self) -> Iterator[ir.Node]:
         """The nodes that read it, directly or through what a constant stays one behind."""
         nodes = [use.node for use in self.uses]
+        seen: set[ir.Node] = set()
         for node in nodes:
+            if node in seen:
+                continue
+            seen.add(node)
             yield node
             if not node.domain and node.op_type in _PASSES_CONSTANTS:
                 nodes += [use.node for output in node.outputs for use in output.uses()]
@@ -240,9 +164,10 @@ class Weights:
         self._scopes = list(scopes(model))
         uses = _uses(self._scopes)
         outputs = _output_names(self._scopes)
-        needed = _needed(model, self._scopes)
+        needed = needed_constants(model, self._scopes)
         self._all = [w for scope in self._scopes for w in _weights_in(scope)]
         self._by_value: dict[ir.Value, Weight] = {}
+        self._constant: dict[ir.Value, bool] = {}
         for weight in self._all:
             if weight.value is not None:
                 weight.uses = tuple(uses.get(weight.value, ()))
@@ -277,12 +202,16 @@ class Weights:
             node = value.producer()
             if node is None or node.domain or node.op_type not in _PASSES_CONSTANTS:
                 return None
-            extras = [extra for extra in node.inputs[1:] if extra is not None]
-            if any(self.behind(extra) is None for extra in extras):
+            if not all(self._is_constant(extra) for extra in node.inputs[1:]):
                 return None
             path.append(node)
             value = node.inputs[0] if node.inputs else None
         return None
+
+    def _is_constant(self, value: ir.Value | None) -> bool:
+        if value is not None and value not in self._constant:
+            self._constant[value] = self.behind(value) is not None
+        return value is None or self._constant[value]
 
     def unique(self, name: str) -> str:
         """A name that no value or node of the model has; it is taken from then on."""

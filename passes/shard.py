@@ -152,13 +152,32 @@ class _Plan:
 def _liftable(model: ir.Model, division: Division) -> Iterator[Weight]:
     """Weights in Constant nodes that as initializers could go outside."""
     able = {f.where for f in division.findings if f.code in ("OF321", "OF325")}
+    names: dict[ir.Graph, set[str | None]] = {}
     for weight in Weights(model):
-        node = weight.node if weight.value is not None else None
-        in_constant = node is not None and not _LIFTED.isdisjoint(node.attributes)
+        # Nobody can read what has no name.
+        node = weight.node if weight.value is not None and weight.value.name else None
+        if node is None or weight.where not in able:
+            continue
+        in_constant = len(node.attributes) == 1 and not _LIFTED.isdisjoint(node.attributes)
         # Functions have no initializers, and before IR 4 those are inputs of the graph.
         fixed = weight.scope.function is not None or weight.is_output or model.ir_version < 4
-        if in_constant and weight.where in able and not fixed:
+        if in_constant and not fixed and not _shadows(weight, names):
             yield weight
+
+
+def _shadows(weight: Weight, names: dict[ir.Graph, set[str | None]]) -> bool:
+    """Whether an outer graph has the name too: nodes before the Constant may mean that."""
+    assert weight.value is not None
+    scope = weight.scope.parent
+    while scope is not None:
+        graph = scope.graph
+        if graph not in names:
+            made = (output.name for node in graph for output in node.outputs)
+            names[graph] = {*made, *graph.initializers, *(v.name for v in graph.inputs)}
+        if weight.value.name in names[graph]:
+            return True
+        scope = scope.parent
+    return False
 
 
 def _lift(weight: Weight) -> None:

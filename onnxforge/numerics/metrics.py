@@ -62,10 +62,6 @@ class Comparison:
         inf_candidate: Infinities in the candidate.
         nonfinite_mismatches: Disagreements about NaN and infinity.
         nonfinite_mismatches_at: The first positions of these, at most 16.
-        argmax_rows: Vectors whose largest element was looked up.
-        argmax_mismatches: Vectors where that is another element in the candidate.
-        argmax_margin: How far, in the reference, the element that the candidate chose lies
-            below the right one, at most; 0 where all mismatches are ties.
     """
 
     count: int
@@ -86,9 +82,6 @@ class Comparison:
     inf_candidate: int
     nonfinite_mismatches: int
     nonfinite_mismatches_at: tuple[int, ...]
-    argmax_rows: int
-    argmax_mismatches: int
-    argmax_margin: float
 
     @property
     def equal(self) -> bool:
@@ -102,21 +95,13 @@ class Comparison:
             return 0.0
         return self.max_abs / self.max_reference if self.max_reference else math.inf
 
-    @property
-    def argmax_rate(self) -> float:
-        """Fraction of vectors with another largest element."""
-        return self.argmax_mismatches / self.argmax_rows if self.argmax_rows else 0.0
 
-
-def compare(
-    reference: npt.ArrayLike, candidate: npt.ArrayLike, argmax_axis: int | None = None
-) -> Comparison:
+def compare(reference: npt.ArrayLike, candidate: npt.ArrayLike) -> Comparison:
     """Compare two arrays of one shape.
 
     Args:
         reference: The right values.
         candidate: The values to judge.
-        argmax_axis: Axis along which the largest elements are compared, None for not at all.
 
     Returns:
         Everything measured.
@@ -125,7 +110,7 @@ def compare(
         ValueError: The shapes differ.
         TypeError: An array does not hold real numbers.
     """
-    accumulator = Accumulator(argmax_axis)
+    accumulator = Accumulator()
     accumulator.update(reference, candidate)
     return accumulator.result()
 
@@ -146,17 +131,12 @@ class Accumulator:
         True
     """
 
-    def __init__(
-        self, argmax_axis: int | None = None, *, exact_limit: int = EXACT_LIMIT
-    ) -> None:
+    def __init__(self, *, exact_limit: int = EXACT_LIMIT) -> None:
         """Start empty.
 
         Args:
-            argmax_axis: Axis along which the largest elements are compared. Every block must
-                be whole along it.
             exact_limit: Up to so many elements are kept, for exact percentiles.
         """
-        self._argmax_axis = argmax_axis
         self._count = 0
         self._finite = 0
         self._bit_equal = True
@@ -173,9 +153,6 @@ class Accumulator:
         self._nonfinite = np.zeros(4, np.int64)
         self._mismatches = 0
         self._mismatches_at: tuple[int, ...] = ()
-        self._rows = 0
-        self._wrong_rows = 0
-        self._margin = 0.0
 
     def update(self, reference: npt.ArrayLike, candidate: npt.ArrayLike) -> None:
         """Take in one more pair of arrays.
@@ -193,8 +170,6 @@ class Accumulator:
             msg = f"shapes differ: reference {ref.shape}, candidate {cand.shape}"
             raise ValueError(msg)
         with np.errstate(over="ignore", invalid="ignore"):
-            if self._argmax_axis is not None and ref.size:
-                self._add_rows(ref, cand, self._argmax_axis)
             for left, right in _chunks(ref.reshape(-1), cand.reshape(-1)):
                 self._add(left, right)
 
@@ -207,8 +182,9 @@ class Accumulator:
         Raises:
             ValueError: The settings differ.
         """
-        if self._settings != other._settings:
-            msg = f"settings differ: {self._settings} and {other._settings}"
+        limits = self._percentiles.limit, other._percentiles.limit
+        if limits[0] != limits[1]:
+            msg = "settings differ: exact_limit is {} and {}".format(*limits)
             raise ValueError(msg)
         if other._max_abs > self._max_abs and other._max_abs_at is not None:
             self._max_abs, self._max_abs_at = other._max_abs, self._count + other._max_abs_at
@@ -216,12 +192,9 @@ class Accumulator:
         self._mismatches += other._mismatches - len(other._mismatches_at)
         self._bit_equal &= other._bit_equal
         self._max_reference = max(self._max_reference, other._max_reference)
-        self._margin = max(self._margin, other._margin)
         self._count += other._count
         self._finite += other._finite
         self._nonfinite = self._nonfinite + other._nonfinite
-        self._rows += other._rows
-        self._wrong_rows += other._wrong_rows
         self._percentiles.merge(other._percentiles)
         for mine, its in zip(self._sums, other._sums, strict=True):
             mine.merge(its)
@@ -249,14 +222,7 @@ class Accumulator:
             inf_candidate=inf_candidate,
             nonfinite_mismatches=self._mismatches,
             nonfinite_mismatches_at=self._mismatches_at,
-            argmax_rows=self._rows,
-            argmax_mismatches=self._wrong_rows,
-            argmax_margin=self._margin,
         )
-
-    @property
-    def _settings(self) -> tuple[int | None, int]:
-        return self._argmax_axis, self._percentiles.limit
 
     @property
     def _sums(self) -> tuple[CompensatedSum, ...]:
@@ -316,19 +282,6 @@ class Accumulator:
         self._references.add(float((left * left).sum()))
         self._candidates.add(float((right * right).sum()))
         self._products.add(float((left * right).sum()))
-
-    def _add_rows(self, ref: _Raw, cand: _Raw, axis: int) -> None:
-        right, chosen = ref.argmax(axis), cand.argmax(axis)
-        wrong = right != chosen
-        self._rows += right.size
-        self._wrong_rows += int(np.count_nonzero(wrong))
-        if wrong.any():
-            rows = np.moveaxis(ref, axis, -1)[wrong].astype(np.float64)
-            each = np.arange(len(rows))
-            margins = rows[each, right[wrong]] - rows[each, chosen[wrong]]
-            # To numpy a NaN is the largest element; being wrong about one is no tie.
-            margins[np.isnan(margins)] = np.inf
-            self._margin = max(self._margin, float(margins.max()))
 
     def _sqnr(self) -> float:
         signal, noise = self._references.value, self._squares.value

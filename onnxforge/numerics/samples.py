@@ -10,13 +10,18 @@ import onnx_ir as ir
 from onnxforge.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["random_inputs"]
 
 
 def random_inputs(
-    inputs: Iterable[ir.Value], *, size: int = 8, seed: int = 0
+    inputs: Iterable[ir.Value],
+    *,
+    size: int = 8,
+    seed: int | Sequence[int] = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    below: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Draw a value for each input.
 
@@ -26,6 +31,8 @@ def random_inputs(
         inputs: The graph inputs to fill; give those without a default value.
         size: Length of every axis that the model leaves open.
         seed: Equal seeds give equal values.
+        shapes: Shapes of the inputs that have another one, by name.
+        below: What integers stay below where that is not 2, by name.
 
     Raises:
         Refused: An input is no tensor of numbers.
@@ -33,14 +40,16 @@ def random_inputs(
     rng = np.random.default_rng(seed)
     drawn: dict[str, np.ndarray] = {}
     for value in inputs:
+        name = value.name or ""
         if not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.STRING:
-            raise Refused(f"no values can be drawn for the input {value.name!r}: {value.type}")
+            raise Refused(f"no values can be drawn for the input {name!r}: {value.type}")
         dims = [] if value.shape is None else list(value.shape)
-        shape = [dim if isinstance(dim, int) else size for dim in dims]
+        usual = [dim if isinstance(dim, int) else size for dim in dims]
+        shape = (shapes or {}).get(name, usual)
         dtype = value.type.dtype
         if dtype.is_floating_point():
             array = rng.standard_normal(shape).astype(dtype.numpy())
         else:
-            array = rng.integers(0, 2, shape).astype(dtype.numpy())
-        drawn[value.name or ""] = array
+            array = rng.integers(0, (below or {}).get(name, 2), shape).astype(dtype.numpy())
+        drawn[name] = array
     return drawn

@@ -15,10 +15,10 @@ except ImportError:  # Windows: nobody can say whose a temporary file is
     fcntl = None
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["abandoned", "claimed", "fcntl", "temporary"]
+__all__ = ["claimed", "fcntl", "remove_abandoned", "temporary"]
 
 _LOCK = re.compile(r"\.onnxforge\.([0-9a-f]{8})\.lock")
 _USES = ("tmp", "interim", "data", "copy", "old")
@@ -56,37 +56,53 @@ def _locked(path: Path) -> int:
         os.close(fd)
 
 
-def abandoned(targets: Sequence[Path]) -> list[Path]:
-    """Temporary files for these targets whose process is no more."""
-    folder = targets[0].parent
-    names = "|".join(re.escape(target.name) for target in targets)
-    pattern = re.compile(rf"\.(?:{names})\.([0-9a-f]{{8}})\.(?:{'|'.join(_USES)})")
+def remove_abandoned(
+    folder: Path, bases: Iterable[str], in_use: Callable[[], Collection[Path]]
+) -> None:
+    """Remove temporary files of saves whose process is no more.
+
+    Args:
+        folder: Where they are.
+        bases: Names of the models whose saves are meant, in whatever layout.
+        in_use: Tells which files are kept all the same; asked only if there are any.
+    """
+    names = "|".join(re.escape(base) for base in bases)
+    layouts, uses = r"_data|\.data\.\d+|\.sha256", "|".join(_USES)
+    pattern = re.compile(rf"\.(?:{names})(?:{layouts})?\.([0-9a-f]{{8}})\.(?:{uses})")
     found: dict[str, list[Path]] = defaultdict(list)
     for path in folder.iterdir():
-        match = pattern.fullmatch(path.name) or _LOCK.fullmatch(path.name)
-        if match:
+        if match := pattern.fullmatch(path.name) or _LOCK.fullmatch(path.name):
             found[match[1]].append(path)
-    dead = [token for token in found if not _is_owned(_lock(folder, token))]
-    return [path for token in dead for path in found[token]]
+    for token, paths in found.items():
+        with _owned(_lock(folder, token)) as owned:
+            kept = in_use() if owned else paths
+            for path in [path for path in paths if path not in kept]:
+                path.unlink(missing_ok=True)
 
 
 def _lock(folder: Path, token: str) -> Path:
     return folder / f".onnxforge.{token}.lock"
 
 
-def _is_owned(lock: Path) -> bool:
+@contextlib.contextmanager
+def _owned(lock: Path) -> Iterator[bool]:
+    """Take over from a process that is no more; false if it is there, or nobody can say."""
     if fcntl is None:
-        return True
+        yield False
+        return
     try:
         fd = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
-        return False
+        yield True
+        return
     except OSError:  # somebody else's
-        return True
+        yield False
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return True
+        yield False
+    else:
+        yield True
     finally:
         os.close(fd)
-    return False

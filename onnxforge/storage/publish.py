@@ -118,6 +118,7 @@ class _Move:
         pairs = zip(waiting, self.interim, strict=True)
         if self.pointed and any(old and not path.exists() for old, path in pairs):
             # New models are read already: there is no way back, but one to the end.
+            _replace_rest(self.interim, self.models)
             _replace_rest(self.copies, self.data)
             _replace_rest(self.final, self.models)
             _replace_rest(self.sums, self.manifests)

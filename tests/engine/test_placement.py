@@ -341,7 +341,7 @@ ranges_ = st.lists(
 )
 
 
-@given(ranges=ranges_, align=st.integers(1, 70), max_bytes=st.none() | st.integers(300, 500))
+@given(ranges=ranges_, align=st.integers(1, 70), max_bytes=st.none() | st.integers(420, 600))
 def test_any_ranges_take_no_more_room_than_they_did(
     tmp_path_factory: pytest.TempPathFactory,
     ranges: list[tuple[int, int]],

@@ -895,6 +895,33 @@ def test_after_any_failure_each_model_has_its_own_data(
     assert moved or act is interrupt
 
 
+@pytest.mark.usefixtures("no_flush")
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES if b.models == PAIR], ids=str)
+@pytest.mark.parametrize("stuck", [*PAIR, "shared.onnx_data", "shared.onnx.data.000"])
+def test_a_place_that_cannot_be_written_keeps_what_all_read(
+    tmp_path: Path, bundle: Bundle, stuck: str
+) -> None:
+    """Also on the way back from the failure, when it fails once more."""
+    laid_out(tmp_path, bundle)
+    out, real = tmp_path / "out", Path.replace
+
+    def replace(source: Path, target: Path) -> Path:
+        if target.name == stuck:
+            fail()
+        return real(source, target)
+
+    stops = stuck in {*PAIR, *named(bundle)}
+    with mock.patch.object(Path, "replace", replace):
+        with pytest.raises(ModelError) if stops else contextlib.nullcontext():
+            save_bundle(tmp_path, bundle)
+        was = "old" if bundle.before else "nothing"
+        assert set(state(out, bundle)) <= {was, "new"}
+    save_bundle(tmp_path, bundle) if not bundle.in_place else None
+    if not bundle.in_place:
+        assert state(out, bundle) == ("new", "new")
+        assert temporaries(out) == set()
+
+
 def can_die_in_a_bundle(step: str) -> bool:
     return moves(step) and step.startswith("before")  # what is after one is before the next
 

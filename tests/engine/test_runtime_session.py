@@ -82,12 +82,12 @@ def test_a_crash_names_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run(path, X)
 
 
-def test_an_error_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(NEG, tmp_path)
     pretend("raise ImportError('first line\\nno libonnx.so')\n", tmp_path, monkeypatch)
     with pytest.raises(RuntimeFailed) as caught:
         run(path, X)
-    assert str(caught.value) == "no libonnx.so"
+    assert str(caught.value) == "first line no libonnx.so"
 
 
 def test_an_end_without_a_word_is_a_failure(

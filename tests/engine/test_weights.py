@@ -14,9 +14,10 @@ from onnx import helper, numpy_helper, parser
 from onnxforge import PassManager, model_io
 from onnxforge.core import Fate
 from onnxforge.errors import Refused
+from onnxforge.needs import needs_constant
 from onnxforge.options import ByteSize
 from onnxforge.selection import CODES, Selection
-from onnxforge.weights import Weight, Weights, for_each, needs_constant
+from onnxforge.weights import Weight, Weights, for_each
 from support import fixtures, oracle, payload
 
 FLOAT = frozenset({ir.DataType.FLOAT})

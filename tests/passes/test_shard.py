@@ -879,6 +879,42 @@ def test_the_doc_string_of_a_constant_node_stays(tmp_path: Path) -> None:
     assert "words on the node" in str(onnx.load(tmp_path / "out" / "m.onnx"))
 
 
+def test_a_constant_without_a_name_stays(tmp_path: Path) -> None:
+    model = annotated()
+    for outputs in ([""], []):
+        node = helper.make_node("Constant", [], outputs, value=floats("", 300, 7))
+        model.graph.node.insert(0, node)
+    source, target = written(model, tmp_path), tmp_path / "out" / "m.onnx"
+    report = sharded(source, target, "lift=true")
+    assert set(places(target)) == {"held"}
+    assert sorted(fates(report).values()) == ["OF321", "OF325", "OF325"]
+    nodes = onnx.load(target).graph.node
+    assert [node.op_type for node in nodes] == ["Constant", "Constant", "Neg"]
+
+
+def test_one_name_in_two_branches_is_two_weights(tmp_path: Path) -> None:
+    model = parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
+    two (float[300] x, bool flag) => (float[300] y) {
+      y = If(flag) <
+        then_branch = yes () => (float[300] t) {
+          w = Constant <value = float[1] {0}> () t = Add(x, w) },
+        else_branch = no () => (float[300] e) {
+          w = Constant <value = float[1] {0}> () e = Mul(x, w) }>
+    }""")
+    for i, attribute in enumerate(model.graph.node[0].attribute):
+        attribute.g.node[0].attribute[0].t.CopyFrom(floats("", 300, i))
+    source, target = written(model, tmp_path), tmp_path / "out" / "m.onnx"
+    sharded(source, target, "lift=true")
+    assert protos.unlike(lifted_by_hand(model, ["w"]), whole(target)) is None
+    assert {name: place.offset for name, place in places(target).items()} == {
+        "w": 0,
+        "w #2": 1216,
+    }
+    for flag in (True, False):
+        before = oracle.run(source, feeds(flag))
+        oracle.assert_bit_equal(oracle.run(target, feeds(flag)), before)
+
+
 def test_a_proto_keeps_its_constants(tmp_path: Path) -> None:
     for model in (constants(), annotated()):
         before = model.SerializeToString()
@@ -1017,6 +1053,10 @@ def test_a_layout_and_a_pass_that_says_otherwise_are_one_line(
 )
 def test_laws_hold_on_the_model_of_a_user(tmp_path: Path, text: str) -> None:
     PassManager(text, check_laws=True).run(written(layers(), tmp_path), tmp_path / "out.onnx")
+
+
+def test_laws_hold_on_a_model_with_text(tmp_path: Path) -> None:
+    PassManager("shard", check_laws=True).run(written(hiding(), tmp_path), None)
 
 
 @pytest.mark.parametrize(

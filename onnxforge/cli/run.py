@@ -1,4 +1,4 @@
-"""The command line; the only module that prints or exits."""
+"""The command that runs passes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import contextlib
 import gc
 import importlib.metadata
 import json
-import logging
 import math
 import shlex
-import sys
 import time
-import traceback
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
-from onnxforge.interrupts import Interrupted, interruptible
+from onnxforge.cli.options import FORMAT, PATH, write_text
+from onnxforge.errors import CheckFailed, OnnxforgeError
 from onnxforge.memory import peak_memory
 from onnxforge.progress import progress
-from onnxforge.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,45 +27,20 @@ if TYPE_CHECKING:
     from onnxforge.manager import PassManager, Report
     from onnxforge.placement import Layout
 
-__all__ = ["main"]
+__all__ = ["run"]
 
-_FAILED_CHECK, _FAILED_RUN, _INTERRUPTED = 1, 2, 130
 _WORKER_BYTES = 8 << 20  # blocks of source and result that a writing thread holds
 _OTHER_BYTES = 16 << 20  # the graph, and the threads that look weights through
-_PATH = click.Path(path_type=Path, readable=False)  # we say ourselves what is wrong with it
-_FORMAT = click.option(
-    "--format",
-    "style",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="What to print on stdout.",
-)
 
 
-_EXAMPLES = """\b
-Examples:
-  onnxforge run --passes 'fp16w,assert-pure' in.onnx out.onnx
-  onnxforge list
-  onnxforge explain fp16w
-  onnxforge inspect in.onnx
-"""
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLES)
-@click.version_option(package_name="onnxforge")
-def _cli() -> None:
-    """Turn an exported ONNX model into the tiers a publisher ships."""
-
-
-@_cli.command()
-@click.argument("files", nargs=-1, required=True, type=_PATH)
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=PATH)
 @click.option("--passes", required=True, metavar="PIPELINE", help="Passes, as in 'a,b{c=1}'.")
-@click.option("--out-dir", type=_PATH, help="Folder for many results.")
+@click.option("--out-dir", type=PATH, help="Folder for many results.")
 @click.option("--share", is_flag=True, help="One set of data files for all results.")
 @click.option("--force", is_flag=True, help="Overwrite what is there.")
 @click.option("--check-laws", is_flag=True, help="Hold each pass to its law on this model.")
-@click.option("--inputs", type=_PATH, help=".npz to run the laws on.")
+@click.option("--inputs", type=PATH, help=".npz to run the laws on.")
 @click.option(
     "--layout",
     type=click.Choice(["keep", "inline", "sidecar"]),
@@ -77,8 +48,8 @@ def _cli() -> None:
     show_default=True,
     help="Where weights go: as in the input, all into the model, or into a data file.",
 )
-@_FORMAT
-@click.option("--report", type=_PATH, help="Write the report as JSON.")
+@FORMAT
+@click.option("--report", type=PATH, help="Write the report as JSON.")
 @click.option("--dry-run", is_flag=True, help="Run the passes and write nothing.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that write.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory to use, such as 200MB.")
@@ -116,7 +87,7 @@ def run(
         jobs = [(source, None) for source, _ in jobs]
     groups = _groups(jobs, share=share, named=out_dir is not None and layout == "keep")
     if report is not None:
-        refuse_report(report, jobs, force=force)
+        refuse_report(report, jobs, force=force, shared=share)
     laws: Any = {"check_laws": check_laws, "inputs": _inputs(inputs)}
     saving: Any = {"force": force, "workers": _workers(workers, max_memory)}
     runs: list[dict[str, Any]] = []
@@ -154,7 +125,7 @@ def _documented(runs: list[dict[str, Any]], style: str, report: Path | None) -> 
         if style == "json":
             click.echo(text)
         if report is not None:
-            _write_text(report, text + "\n")
+            write_text(report, text + "\n")
 
 
 def _record(source: Path, target: Path | None, done: Report, seconds: float) -> dict[str, Any]:
@@ -194,7 +165,9 @@ def _told(group: Sequence[Job], passes: str, runs: list[dict[str, Any]]) -> Iter
     except OnnxforgeError as error:
         told = error.report if isinstance(error, CheckFailed) else None
         for source, _ in group:
-            runs.append(_record(source, None, told or Report(), 0.0) | {"error": str(error)})
+            its_own = len(group) == 1 or str(error).startswith(f"{source}: ")
+            done = told if told and its_own else Report()
+            runs.append(_record(source, None, done, 0.0) | {"error": str(error)})
         raise
     except Exception as error:
         sources = [str(source) for source, _ in group]
@@ -227,7 +200,9 @@ def _groups(jobs: Sequence[Job], *, share: bool, named: bool) -> list[list[Job]]
 
     if share and not named:
         raise click.UsageError("--share goes with --out-dir and without --layout")
-    if share and all(target is not None for _, target in jobs):
+    if share:
+        if any(target is None for _, target in jobs):
+            raise click.UsageError("--share writes: leave out --dry-run")
         return [list(jobs)]
     refuse_entangled(jobs)
     return [[job] for job in jobs]
@@ -262,110 +237,3 @@ def _workers(workers: int | None, max_memory: str | None) -> int | None:
         needed = f"{math.ceil((used + _OTHER_BYTES + _WORKER_BYTES) / 1e6)}MB"
         raise OnnxforgeError(f"--max-memory {max_memory} is too little; {needed} is the least")
     return min(workers or default_workers(), able)
-
-
-@_cli.command("list")
-@_FORMAT
-def list_passes(style: str) -> None:
-    """List all passes, built in and installed."""
-    from onnxforge.registry import entries, pass_class
-
-    rows = []
-    for name, entry in entries().items():
-        try:
-            cls = pass_class(name)
-            rows.append((name, cls.effect.value, _summary(cls), entry.distribution))
-        except OnnxforgeError as error:
-            rows.append((name, "broken", str(error), entry.distribution))
-    if style == "json":
-        keys = ("name", "effect", "summary", "distribution")
-        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
-        return
-    width = max(len(row[0]) for row in rows)
-    for name, effect, summary, _ in rows:
-        click.echo(f"{name:<{width}}  {effect:<8} {summary}")
-
-
-def _summary(cls: type) -> str:
-    return (cls.__doc__ or "").strip().partition("\n")[0]
-
-
-@_cli.command()
-@click.argument("topic", metavar="PASS|CODE")
-def explain(topic: str) -> None:
-    """Explain a pass, or the code of a finding."""
-    import inspect
-
-    from onnxforge.manager import PassManager
-    from onnxforge.registry import entries, pass_class
-
-    if topic[:2].upper() == "OF" and topic[2:].isdigit():
-        sources: list[Any] = [PassManager, *(pass_class(name) for name in entries())]
-        meanings = {code: text for source in sources for code, text in source.codes.items()}
-        if topic.upper() not in meanings:
-            raise SpecError(f"no finding has the code {topic.upper()}")
-        click.echo(f"{topic.upper()}: {meanings[topic.upper()]}")
-        return
-    cls = pass_class(topic)
-    click.echo(f"{cls.name} ({cls.effect.value})\n\n{inspect.getdoc(cls)}")
-    if cls.codes:
-        click.echo("\nFindings:")
-        for code, text in sorted(cls.codes.items()):
-            click.echo(f"    {code}: {text}")
-
-
-@_cli.command("inspect")
-@click.argument("model", type=_PATH)
-@click.option("--layout", "mapped", is_flag=True, help="Map each data file byte by byte.")
-@_FORMAT
-def inspect_model(model: Path, mapped: bool, style: str) -> None:
-    """Show what a model is: operators, versions, interface, weights, files."""
-    from onnxforge import inspection, layout, report
-
-    found: Any = layout.layout(model) if mapped else inspection.inspect(model)
-    as_dict: Any = report.layout_as_dict if mapped else report.inspection_as_dict
-    as_text: Any = report.layout_as_text if mapped else report.inspection_as_text
-    click.echo(json.dumps(as_dict(found), indent=2) if style == "json" else as_text(found))
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise OnnxforgeError(f"{path}: {error.strerror}") from None
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a check said no, 2 the run itself failed."""
-    # Collecting while modules load, and again at exit, takes a third of a short run.
-    gc.disable()
-    try:
-        with interruptible():
-            sys.exit(_exit_code(arguments))
-    except Interrupted as end:  # before the command began, or when it had ended
-        sys.exit(end.exit_code)
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _exit_code(arguments: Sequence[str] | None) -> int:
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # what matters, we say ourselves
-    try:
-        _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
-    except click.exceptions.Abort as end:
-        return getattr(end.__cause__, "exit_code", _INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
-        return _FAILED_RUN
-    except SystemExit:  # click's answer to a closed pipe: the reader has seen enough
-        return _FAILED_RUN
-    except OnnxforgeError as error:
-        text = f"onnxforge: {error}"
-        lines = text.split("\n") if isinstance(error, CheckFailed | SpecError) else [text]
-        click.echo("\n".join(map(printable, lines)), err=True)
-        return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
-    except Exception as bug:  # exit 1 would mean that a check said no
-        traceback.print_exc()
-        raise SystemExit(_FAILED_RUN) from bug
-    return 0

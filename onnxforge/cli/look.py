@@ -1,0 +1,78 @@
+"""The commands that tell what there is: passes, findings, models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxforge.cli.options import FORMAT, PATH
+from onnxforge.errors import OnnxforgeError, SpecError
+
+__all__ = ["explain", "inspect_model", "list_passes"]
+
+
+@click.command("list")
+@FORMAT
+def list_passes(style: str) -> None:
+    """List all passes, built in and installed."""
+    from onnxforge.registry import entries, pass_class
+
+    rows = []
+    for name, entry in entries().items():
+        try:
+            cls = pass_class(name)
+            rows.append((name, cls.effect.value, _summary(cls), entry.distribution))
+        except OnnxforgeError as error:
+            rows.append((name, "broken", str(error), entry.distribution))
+    if style == "json":
+        keys = ("name", "effect", "summary", "distribution")
+        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        return
+    width = max(len(row[0]) for row in rows)
+    for name, effect, summary, _ in rows:
+        click.echo(f"{name:<{width}}  {effect:<8} {summary}")
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+@click.command()
+@click.argument("topic", metavar="PASS|CODE")
+def explain(topic: str) -> None:
+    """Explain a pass, or the code of a finding."""
+    import inspect
+
+    from onnxforge.manager import PassManager
+    from onnxforge.registry import entries, pass_class
+
+    if topic[:2].upper() == "OF" and topic[2:].isdigit():
+        sources: list[Any] = [PassManager, *(pass_class(name) for name in entries())]
+        meanings = {code: text for source in sources for code, text in source.codes.items()}
+        if topic.upper() not in meanings:
+            raise SpecError(f"no finding has the code {topic.upper()}")
+        click.echo(f"{topic.upper()}: {meanings[topic.upper()]}")
+        return
+    cls = pass_class(topic)
+    click.echo(f"{cls.name} ({cls.effect.value})\n\n{inspect.getdoc(cls)}")
+    if cls.codes:
+        click.echo("\nFindings:")
+        for code, text in sorted(cls.codes.items()):
+            click.echo(f"    {code}: {text}")
+
+
+@click.command("inspect")
+@click.argument("model", type=PATH)
+@click.option("--layout", "mapped", is_flag=True, help="Map each data file byte by byte.")
+@FORMAT
+def inspect_model(model: Path, mapped: bool, style: str) -> None:
+    """Show what a model is: operators, versions, interface, weights, files."""
+    from onnxforge import inspection, layout, report
+
+    found: Any = layout.layout(model) if mapped else inspection.inspect(model)
+    as_dict: Any = report.layout_as_dict if mapped else report.inspection_as_dict
+    as_text: Any = report.layout_as_text if mapped else report.inspection_as_text
+    click.echo(json.dumps(as_dict(found), indent=2) if style == "json" else as_text(found))

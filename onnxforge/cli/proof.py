@@ -1,0 +1,206 @@
+"""The commands that prove what a tier is: compared with its parent, made from its parent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from onnxforge.cli.options import FORMAT, PATH, write_text
+from onnxforge.errors import CheckFailed, SpecError
+from onnxforge.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from onnxforge.compare import Evidence, Gate
+    from onnxforge.compare.document import Document
+    from onnxforge.compare.samples import Cache
+    from onnxforge.numerics.text import TextEvidence
+
+__all__ = ["compare", "verify"]
+
+_SHOWN = 10  # differences
+_GATES = {
+    "max-abs": "Largest absolute error.",
+    "min-sqnr": "Least SQNR in dB, of the worst sample.",
+    "min-cosine": "Least cosine, of the worst sample.",
+    "max-argmax-rate": "Largest share of choices that differ.",
+}
+
+
+def _gate_options(command: Any) -> Any:
+    for name, text in reversed(_GATES.items()):
+        option = click.option(
+            f"--{name}", multiple=True, metavar="[OUTPUT=]X", help=f"Gate: {text}"
+        )
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("reference", type=PATH, required=False)
+@click.argument("candidate", type=PATH, required=False)
+@click.option("--data", multiple=True, type=PATH, help="Samples: .npz, .npy, sound, folders.")
+@click.option("--preprocessor", type=PATH, help="Model that makes the inputs from sound.")
+@click.option("--seconds", type=float, help="Length of the windows that sound is cut into.")
+@click.option("--rate", type=int, default=16000, show_default=True, help="Of sound, in Hz.")
+@click.option("--random", "count", type=int, default=0, help="Draw so many samples.")
+@click.option("--seed", type=int, default=0, help="Of the samples drawn.")
+@click.option("--size", multiple=True, metavar="AXIS=N", help="Length of an open axis.")
+@click.option("--cache", type=click.Choice(["empty", "filled"]), help="KV inputs drawn.")
+@click.option("--argmax", multiple=True, metavar="OUTPUT[=AXIS]", help="Compare choices.")
+@click.option("--top", type=int, default=5, show_default=True, help="Best choices compared.")
+@click.option("--localize", is_flag=True, help="Find the values where error enters.")
+@click.option("--provider", multiple=True, help="Execution provider, preferred first.")
+@click.option("--threads", type=int, default=1, show_default=True, help="0: all there are.")
+@click.option(
+    "--text", "texts", nargs=2, type=PATH, help="Also, or only: two .jsonl of texts."
+)
+@_gate_options
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "json", "markdown", "html"]),
+    default="text",
+    show_default=True,
+    help="Of what is printed, or written to --output.",
+)
+@click.option("--output", type=PATH, help="Write there instead of to stdout.")
+def compare(
+    *,
+    reference: Path | None,
+    candidate: Path | None,
+    data: tuple[Path, ...],
+    preprocessor: Path | None,
+    seconds: float | None,
+    rate: int,
+    count: int,
+    seed: int,
+    size: tuple[str, ...],
+    cache: Cache | None,
+    argmax: tuple[str, ...],
+    top: int,
+    localize: bool,
+    provider: tuple[str, ...],
+    threads: int,
+    texts: tuple[Path, Path] | None,
+    max_abs: tuple[str, ...],
+    min_sqnr: tuple[str, ...],
+    min_cosine: tuple[str, ...],
+    max_argmax_rate: tuple[str, ...],
+    style: str,
+    output: Path | None,
+) -> None:
+    """Run two models on the same samples and say how far apart they are.
+
+    --text REF.jsonl HYP.jsonl compares transcripts, {"id": ..., "text": ...} in each line.
+    Exit code 1 names the gates that did not hold.
+    """
+    from onnxforge.compare import Data, Options, Setup
+    from onnxforge.compare import compare as compared
+    from onnxforge.compare.document import Document
+    from onnxforge.inspection import inspect
+
+    told = _compared_texts(*texts) if texts else None
+    if reference is None or candidate is None:
+        if told is None or reference is not None:
+            raise click.UsageError("give REFERENCE and CANDIDATE, or --text REF HYP")
+        _show(Document(None, text=told), style, output)
+        return
+    sizes = dict(_pair("--size", text) for text in size)
+    given = (max_abs, min_sqnr, min_cosine, max_argmax_rate)
+    options = Options(
+        Setup(provider or Setup.providers, threads),
+        argmax=dict(_pair("--argmax", text, default=-1) for text in argmax),
+        top=top,
+        gates=_gates(given),
+        localize=localize,
+    )
+    samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
+    found = compared(reference, candidate, samples, options)
+    _show(Document(found, (inspect(reference), inspect(candidate)), told), style, output)
+    if not found.passed:
+        raise CheckFailed(f"{candidate}: {_broken(found)}", ())
+
+
+def _broken(found: Evidence) -> str:
+    failed = [f"{g.gate} for {g.output}: {g.reason}" for g in found.gates if not g.passed]
+    return "; ".join(failed) or "a side did not run to the end"
+
+
+def _gates(given: Sequence[Sequence[str]]) -> list[Gate]:
+    from onnxforge.compare import Gate
+
+    named = zip(_GATES, given, strict=True)
+    return [Gate.parse(cast("Any", name), text) for name, texts in named for text in texts]
+
+
+def _pair(option: str, text: str, default: int | None = None) -> tuple[str, int]:
+    name, found, number = text.rpartition("=")
+    if not found and default is not None:
+        return text, default
+    try:
+        return name, int(number)
+    except ValueError:
+        raise SpecError(f"{option} {text}: wanted NAME=NUMBER") from None
+
+
+def _compared_texts(reference: Path, candidate: Path) -> TextEvidence:
+    from onnxforge.numerics.text import compare_texts, read_texts
+
+    return compare_texts(read_texts(reference), read_texts(candidate))
+
+
+def _show(document: Document, style: str, output: Path | None) -> None:
+    from onnxforge.compare.document import as_dict
+    from onnxforge.compare.page import as_html
+    from onnxforge.compare.render import as_markdown, as_text
+
+    styles: dict[str, Callable[[Document], str]] = {
+        "json": lambda found: json.dumps(as_dict(found), indent=2, allow_nan=False),
+        "html": as_html,
+        "markdown": as_markdown,
+        "text": as_text,
+    }
+    text = styles[style](document).rstrip("\n")
+    if output is None:
+        click.echo(text)
+    else:
+        write_text(output, text + "\n")
+
+
+@click.command()
+@click.argument("parent", type=PATH)
+@click.argument("child", type=PATH)
+@click.option("--passes", metavar="PIPELINE", help="What made it, where it does not say so.")
+@FORMAT
+def verify(parent: Path, child: Path, passes: str | None, style: str) -> None:
+    """Replay on PARENT what CHILD says it is made by, and compare; writes nothing.
+
+    Exit code 1 names what differs.
+    """
+    from onnxforge.replay import verify as verified
+
+    def announce(pipeline: str) -> None:
+        click.echo(f"pipeline: {printable(pipeline) or 'none, a copy'}", err=style == "json")
+
+    found = verified(parent, child, passes, announce=announce)
+    if style == "json":
+        fields = {"schema": 1, "parent": str(parent), "child": str(child)}
+        told = dataclasses.asdict(found) | {"derived": found.derived}
+        click.echo(json.dumps(fields | told, indent=2))
+    else:
+        lines = [f"remark: {remark}" for remark in found.remarks]
+        lines += [f"differs: {text}" for text in found.differences[:_SHOWN]]
+        if len(found.differences) > _SHOWN:
+            lines.append(f"{len(found.differences) - _SHOWN} more, --format json shows all")
+        if found.derived:
+            lines.append(f"derived: {found.weights} weights, {found.nbytes:,} bytes compared")
+        click.echo("\n".join(map(printable, lines)))
+    if not found.derived:
+        count = len(found.differences)
+        raise CheckFailed(f"{child}: is not what {parent} becomes, {count} differences", ())

@@ -1,0 +1,168 @@
+"""Whether a model was made from another one as it says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxforge import model_io
+from onnxforge.errors import Refused, about
+from onnxforge.fidelity import difference
+from onnxforge.layout import layout
+from onnxforge.lazy import BLOCK_BYTES, blocks, reader
+from onnxforge.manager import PIPELINE_KEY, VERSION_KEY, PassManager
+from onnxforge.registry import parse
+from onnxforge.skeleton import skeleton
+from onnxforge.walk import replace_tensors
+from onnxforge.weights import Weights, for_each
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a model was made from its parent.
+
+    Attributes:
+        pipeline: What made it, replayed on the parent.
+        differences: Where the model is not what the replay gives; empty if it is.
+        remarks: What proves nothing either way: bytes that belong to no weight, another
+            version of onnxforge.
+        weights: Number of weights compared.
+        nbytes: Their size in bytes.
+    """
+
+    pipeline: str
+    differences: tuple[str, ...]
+    remarks: tuple[str, ...]
+    weights: int
+    nbytes: int
+
+    @property
+    def derived(self) -> bool:
+        """Whether the model is what the pipeline makes of the parent."""
+        return not self.differences
+
+
+def verify(
+    parent: str | os.PathLike[str],
+    child: str | os.PathLike[str],
+    passes: str | None = None,
+    *,
+    announce: Callable[[str], None] = lambda pipeline: None,
+) -> Verification:
+    """Make a model again from its parent, in memory, and compare graph and weights.
+
+    Every weight is compared byte by byte; where it lies does not matter. Nothing is written,
+    and memory does not grow with the models.
+
+    Args:
+        parent: The model that ``child`` is said to be made from.
+        child: The model.
+        passes: The pipeline; without one, that which the child has in its metadata. Such a
+            text is foreign: only passes that are built in are run.
+        announce: Told the pipeline before it is run.
+
+    Raises:
+        OnnxforgeError: A model cannot be read, the child does not say how it was made, or its
+            pipeline is refused by the parent.
+    """
+    expected, found = model_io.load(parent), model_io.load(child)
+    pipeline = passes
+    if pipeline is None:
+        with about(Path(child)):
+            pipeline = _recorded(expected, found)
+    announce(pipeline)
+    with about(Path(parent)):
+        steps = parse(pipeline, third_party=passes is not None) if pipeline else ()
+        PassManager(steps, verify=False).apply(expected)
+    remarks = _remarks(found, Path(child))
+    if passes is not None:  # then what the child says of itself is not what is asked
+        for model in (expected, found):
+            model.metadata_props.pop(PIPELINE_KEY, None)
+    for model in (expected, found):
+        model.metadata_props.pop(VERSION_KEY, None)
+    differences = []
+    if graph := difference(_comparable(expected), _comparable(found)):
+        differences.append(graph)
+    ours, theirs = _tensors(expected), _tensors(found)
+    both = sorted(ours.keys() & theirs.keys())
+    unequal = for_each(lambda where: _unequal(ours[where], theirs[where]), both)
+    differences += [f"{w}: {text}" for w, text in zip(both, unequal, strict=True) if text]
+    size = sum(theirs[where].nbytes for where in both)
+    return Verification(pipeline, tuple(differences), remarks, len(both), size)
+
+
+def _recorded(parent: ir.Model, child: ir.Model) -> str:
+    """What the child says it went through after its parent."""
+    before = parent.metadata_props.get(PIPELINE_KEY, "")
+    text = child.metadata_props.get(PIPELINE_KEY, "")
+    if text == before:
+        return ""
+    if before and text.startswith(f"{before},"):
+        return text[len(before) + 1 :]
+    if not text or before:
+        raise Refused("does not say how it was made from the parent: give --passes")
+    return text
+
+
+def _remarks(child: ir.Model, path: Path) -> tuple[str, ...]:
+    remarks = [
+        f"{file.path.name}: {file.orphaned} bytes belong to no weight"
+        for file in layout(path).files
+        if file.orphaned
+    ]
+    made_by = child.metadata_props.get(VERSION_KEY)
+    ours = importlib.metadata.version("onnxforge")
+    if made_by not in (None, ours):
+        remarks.append(f"made by onnxforge {made_by}, replayed by {ours}")
+    return tuple(remarks)
+
+
+def _comparable(model: ir.Model) -> onnx.ModelProto:
+    """The graph; of weights only names, types and shapes."""
+    everything: set[int] = set()
+
+    def note(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if tensor.dtype != ir.DataType.STRING:
+            everything.add(id(tensor))
+        return tensor
+
+    replace_tensors(model, note)
+    content = skeleton(model, also=everything)
+    for stub in content.stubs:
+        stub.ClearField("external_data")
+        stub.ClearField("data_location")
+    return content.proto
+
+
+def _tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """All weights by their paths, but text, which is part of the graph."""
+    weights = (weight for weight in Weights(model) if weight.dtype != ir.DataType.STRING)
+    return {weight.where: weight.tensor for weight in weights}
+
+
+def _unequal(expected: ir.TensorProtocol, found: ir.TensorProtocol) -> str | None:
+    """Where the bytes of two tensors first differ, or None."""
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        return f"should be {expected.dtype}{expected.shape}, is {found.dtype}{found.shape}"
+    read, check = reader(expected), reader(found)
+    buffers = np.empty((2, min(BLOCK_BYTES, expected.nbytes)), np.uint8)
+    for start, stop in blocks(expected):
+        ours, theirs = buffers[:, : stop - start]
+        read(start, ours)
+        check(start, theirs)
+        if not np.array_equal(ours, theirs):
+            at = start + int(np.flatnonzero(ours != theirs)[0])
+            return f"differs from byte {at} of {expected.nbytes} on"
+    return None
