@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxforge.core import Effect
 from onnxforge.errors import BrokenPass, Refused, RuntimeFailed
 from onnxforge.layout import layout
-from onnxforge.lazy import identity, stream
+from onnxforge.lazy import identity, sha256
 from onnxforge.model_io import load
 from onnxforge.numerics.samples import random_inputs
 from onnxforge.placement import PLACEMENT
@@ -47,13 +47,11 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
     """Path and SHA-256 of the bytes of every weight, in order of the paths."""
     found = []
     for weight in Weights(model):
-        sha = hashlib.sha256()
         if weight.dtype == ir.DataType.STRING:
-            sha.update(repr(weight.tensor.numpy().tolist()).encode())
+            text = repr(weight.tensor.numpy().tolist())
+            found.append((weight.where, hashlib.sha256(text.encode()).hexdigest()))
         else:
-            for block in stream(weight.tensor):
-                sha.update(block.data)
-        found.append((weight.where, sha.hexdigest()))
+            found.append((weight.where, sha256(weight.tensor)))
     return sorted(found)
 
 

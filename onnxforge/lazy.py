@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import stat
@@ -30,6 +31,8 @@ __all__ = [
     "blocks",
     "identity",
     "reader",
+    "root",
+    "sha256",
     "stream",
 ]
 
@@ -315,6 +318,21 @@ def stream(tensor: ir.TensorProtocol) -> Iterator[Bytes]:
         block = buffer[: stop - start]
         read(start, block)
         yield block
+
+
+def root(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor that a derived one is computed from in the end; others are their own."""
+    while isinstance(tensor, DerivedTensor):
+        tensor = tensor.source
+    return tensor
+
+
+def sha256(tensor: ir.TensorProtocol) -> str:
+    """SHA-256 of the bytes of a tensor, read block by block."""
+    sha = hashlib.sha256()
+    for block in stream(tensor):
+        sha.update(block.data)
+    return sha.hexdigest()
 
 
 def identity(tensor: ir.TensorProtocol) -> Hashable:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxforge.core import Fate, Finding
 from onnxforge.errors import ModelError
-from onnxforge.lazy import DerivedTensor, FileTensor, identity
+from onnxforge.lazy import FileTensor, identity, root
 from onnxforge.model_io import MAX_PROTO_BYTES
 from onnxforge.options import ByteSize
 from onnxforge.skeleton import SOURCE, Skeleton, Source, set_external, skeleton
@@ -231,9 +231,8 @@ def _why_inside(
 
 
 def _was_outside(tensor: ir.TensorProtocol) -> bool:
-    while isinstance(tensor, DerivedTensor):
-        tensor = tensor.source
-    return isinstance(tensor, FileTensor) and bool(tensor.external)
+    stored = root(tensor)
+    return isinstance(stored, FileTensor) and bool(stored.external)
 
 
 @dataclass

@@ -152,10 +152,9 @@ class _Work:
     def save(self, *, force: bool, workers: int | None, progress: Progress | None) -> Saved:
         targets = [*self.targets, *self.data]
         manifest = self.manifest if self.placement.manifest else None
-        places = [*targets, *([manifest] if manifest else [])]
 
         def check() -> None:
-            refuse_to_overwrite(places, force=force)
+            refuse_to_overwrite([*targets, *self.manifests], force=force)
 
         check()
         left = self._left()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from onnxforge.lazy import DerivedTensor, identity, stream
+from onnxforge.lazy import DerivedTensor, identity, root, sha256
 from onnxforge.weights import for_each
 
 if TYPE_CHECKING:
@@ -25,10 +24,10 @@ def by_content(
     Tensors that have a size of their own are not read. Those computed by equal kernels from
     sources of equal bytes are equal, so sources are read and nothing is computed.
     """
-    sources = {identity(source): source for source in map(_source, tensors)}
+    sources = {identity(source): source for source in map(root, tensors)}
     sizes = Counter(source.nbytes for source in sources.values())
     alike = [key for key, source in sources.items() if sizes[source.nbytes] > 1]
-    digests = dict(zip(alike, for_each(_digest, [sources[key] for key in alike]), strict=True))
+    digests = dict(zip(alike, for_each(sha256, [sources[key] for key in alike]), strict=True))
 
     def same(tensor: ir.TensorProtocol) -> Hashable:
         if isinstance(tensor, DerivedTensor):
@@ -37,16 +36,3 @@ def by_content(
         return digests.get(key, key)
 
     return same
-
-
-def _source(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    while isinstance(tensor, DerivedTensor):
-        tensor = tensor.source
-    return tensor
-
-
-def _digest(tensor: ir.TensorProtocol) -> bytes:
-    sha = hashlib.sha256()
-    for block in stream(tensor):
-        sha.update(block.data)
-    return sha.digest()
