@@ -22,7 +22,7 @@ from onnxforge.registry import parse
 from onnxforge.saving import Progress, Saved, refuse_to_overwrite, save, save_shared
 from onnxforge.storage.extents import overlapping
 from onnxforge.verify import interface, problem
-from onnxforge.weights import Weights
+from onnxforge.walk import tensors
 
 __all__ = [
     "PIPELINE_KEY",
@@ -324,7 +324,7 @@ def _tell(report: Report, saved: Saved, but: Collection[Path] = ()) -> None:
 
 
 def _overlaps(model: ir.Model) -> Iterator[Finding]:
-    for group in overlapping(weight.tensor for weight in Weights(model)):
+    for group in overlapping(tensors(model)):
         names = sorted({repr(tensor.name) for tensor in group})
         yield Finding(
             "OF904",

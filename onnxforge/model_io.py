@@ -23,7 +23,7 @@ from onnxforge.lazy import DataFile, FileTensor
 from onnxforge.skeleton import SOURCE, Source, root_cause, set_external, skeleton
 from onnxforge.storage import wire
 from onnxforge.storage.locate import DataFolder, external_numbers, refuse_unsized
-from onnxforge.walk import named_tensors, replace_tensors, scopes
+from onnxforge.walk import named_tensors, replace_tensors, scopes, tensors
 
 __all__ = ["MAX_PROTO_BYTES", "files", "from_proto", "load", "read_skeleton", "to_proto"]
 
@@ -286,17 +286,11 @@ def _needed(dtype: ir.DataType, count: int, field: str) -> tuple[int, str]:
 def files(model: ir.Model) -> dict[Path, int]:
     """The files a loaded model and its weights were found in, and their sizes in bytes."""
     found: dict[Path, int] = {}
-
-    def note(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        if isinstance(tensor, FileTensor):
-            found[tensor.file.path] = tensor.file.size
-        return tensor
-
     path = model.meta.get(SOURCE, Source()).path
     if path is not None:
         found[path] = DataFile(path).size
-    replace_tensors(model, note)
-    return found
+    stored = (tensor for tensor in tensors(model) if isinstance(tensor, FileTensor))
+    return found | {tensor.file.path: tensor.file.size for tensor in stored}
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

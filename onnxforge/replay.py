@@ -20,7 +20,7 @@ from onnxforge.lazy import BLOCK_BYTES, blocks, reader
 from onnxforge.manager import PIPELINE_KEY, VERSION_KEY, PassManager
 from onnxforge.registry import parse
 from onnxforge.skeleton import skeleton
-from onnxforge.walk import replace_tensors
+from onnxforge.walk import tensors
 from onnxforge.weights import Weights, for_each
 
 if TYPE_CHECKING:
@@ -131,14 +131,7 @@ def _remarks(child: ir.Model, path: Path) -> tuple[str, ...]:
 
 def _comparable(model: ir.Model) -> onnx.ModelProto:
     """The graph; of weights only names, types and shapes."""
-    everything: set[int] = set()
-
-    def note(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        if tensor.dtype != ir.DataType.STRING:
-            everything.add(id(tensor))
-        return tensor
-
-    replace_tensors(model, note)
+    everything = {id(t) for t in tensors(model) if t.dtype != ir.DataType.STRING}
     content = skeleton(model, also=everything)
     for stub in content.stubs:
         stub.ClearField("external_data")

@@ -21,6 +21,7 @@ __all__ = [
     "proto_tensors",
     "replace_tensors",
     "scopes",
+    "tensors",
 ]
 
 
@@ -102,6 +103,18 @@ def replace_tensors(
                 _replace_in(node.attributes, replace)
     for function in model.functions.values():
         _replace_in(function.attributes, replace)
+
+
+def tensors(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Every tensor of a model, in the order of its places."""
+    found: list[ir.TensorProtocol] = []
+
+    def note(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        found.append(tensor)
+        return tensor
+
+    replace_tensors(model, note)
+    return found
 
 
 def _replace_in(
