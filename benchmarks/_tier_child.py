@@ -7,6 +7,7 @@ _tier_child.py clock ORDER.json     prints seconds as JSON
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -26,7 +27,8 @@ def quantize(way: str, source: str, target: str, weight_type: str, *op_types: st
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder:
+    # Where shapes cannot be inferred a file is left in the current folder.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if way != AS_IT_IS:
             prepared = str(Path(folder, "prepared.onnx"))
             symbolic = way == PREPARED

@@ -94,7 +94,7 @@ class Candidate:
 
 def build(name: str, source: Path, options: argparse.Namespace, folder: Path) -> Candidate:
     """Make one tier or peer in a folder of its own."""
-    made = Candidate(name, folder / "model.onnx")
+    made = Candidate(name, folder.absolute() / "model.onnx")
     files = str(source), str(made.path)
     commands = {"": [*options.onnxforge.split(), "run", "--passes", name, *files]}
     if name in PEERS:
