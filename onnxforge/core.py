@@ -53,9 +53,10 @@ class Finding:
         where: Path of the node or weight inside the model.
         message: The reason, lower case, without a trailing stop; the same for all alike.
         nbytes: Size in bytes of the weight this is about, 0 for other findings.
-        fate: What became of the weight, None for other findings.
+        fate: What became of the weight or product, None for other findings.
         level: ``info``, ``warning`` or ``error``.
         detail: What is special to this place, such as the value that does not fit.
+        op: The operator, if this is about a node that the pass could have rewritten.
     """
 
     code: str
@@ -65,6 +66,7 @@ class Finding:
     fate: Fate | None = None
     level: str = "info"
     detail: str = ""
+    op: str = ""
 
     def __str__(self) -> str:
         """Code, place and reason in one line."""
@@ -83,11 +85,14 @@ class Result(ir.passes.PassResult):
         findings: One entry for each weight and for each remark.
         decoded: Of a pass that stores weights in another form: what their stored values
             decode to, by the path of the weight.
+        again: Whether the pass could do more after a later one; then it runs again once such
+            a pass has changed the model.
     """
 
     stats: Mapping[str, int] = dataclasses.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     decoded: Mapping[str, ir.TensorProtocol] = dataclasses.field(default_factory=dict)
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ class PassReport:
 
     def tally(self, fate: Fate) -> tuple[int, int]:
         """Number and bytes of the weights that met a fate."""
-        sizes = [finding.nbytes for finding in self.findings if finding.fate is fate]
+        sizes = [f.nbytes for f in self.findings if f.fate is fate and not f.op]
         return len(sizes), sum(sizes)
 
 
@@ -273,29 +273,42 @@ class PassManager:
             if reason is not None:
                 report.findings.append(Finding("OF901", "model", reason, level="warning"))
             report.findings += _overlaps(model)
+        waiting: list[Pass] = []
         for step in self.passes:
-            if self.check_laws and step.effect is Effect.APPROX:
-                unheld = Finding(
-                    "OF903", step.name, "its law is not held here", level="warning"
-                )
-                report.findings.append(unheld)
-            for observer in self.observers:
-                observer.before(step, model)
-            try:
-                result, seconds = self._step(step, model, sound=sound)
-            except Exception as error:
-                for observer in self.observers:
-                    observer.failed(step, error)
-                if isinstance(error, CheckFailed):
-                    no = Result(model, modified=False, findings=error.findings)
-                    report.passes.append(_told(step, no, 0.0))
-                    error.report = report
-                raise
-            for observer in self.observers:
-                observer.after(step, result)
-            report.passes.append(_told(step, result, seconds))
+            modified = self._observed(step, model, report, waiting, sound=sound)
+            for earlier in [*waiting] if modified else ():
+                if earlier is not step:
+                    self._observed(earlier, model, report, waiting, sound=sound)
         _stamp(model, report)
         return report
+
+    def _observed(
+        self, step: Pass, model: ir.Model, report: Report, waiting: list[Pass], *, sound: bool
+    ) -> bool:
+        """Run a pass and report on it; whether it changed the model."""
+        if self.check_laws and step.effect is Effect.APPROX:
+            unheld = Finding("OF903", step.name, "its law is not held here", level="warning")
+            report.findings.append(unheld)
+        for observer in self.observers:
+            observer.before(step, model)
+        try:
+            result, seconds = self._step(step, model, sound=sound)
+        except Exception as error:
+            for observer in self.observers:
+                observer.failed(step, error)
+            if isinstance(error, CheckFailed):
+                no = Result(model, modified=False, findings=error.findings)
+                report.passes.append(_told(step, no, 0.0))
+                error.report = report
+            raise
+        for observer in self.observers:
+            observer.after(step, result)
+        report.passes.append(_told(step, result, seconds))
+        if step in waiting:
+            waiting.remove(step)
+        if result.again:
+            waiting.append(step)
+        return result.modified
 
     def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
         start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.core import Fate, Finding
@@ -101,10 +102,22 @@ def _step_lines(step: PassReport, *, verbose: bool) -> Iterator[str]:
         if count:
             yield f"    {count} weights {fate.value}, {_human_bytes(size)}"
             if fate is not Fate.TREATED:
-                yield from _reasons(f for f in step.findings if f.fate is fate)
+                yield from _reasons(f for f in step.findings if f.fate is fate and not f.op)
+    yield from _coverage([finding for finding in step.findings if finding.op])
     for finding in step.findings:
         if verbose or finding.fate is None:
             yield f"    {finding.level}: {finding}"
+
+
+def _coverage(findings: Sequence[Finding]) -> Iterator[str]:
+    """How many nodes of each operator were rewritten, and why the others were not."""
+    for op in dict.fromkeys(finding.op for finding in findings):
+        mine = [finding for finding in findings if finding.op == op]
+        done = sum(finding.fate is Fate.TREATED for finding in mine)
+        yield f"    {done} of {len(mine)} {op} rewritten"
+        reasons = Counter((f.code, f.message) for f in mine if f.fate is not Fate.TREATED)
+        for (code, message), count in reasons.most_common():
+            yield f"      {code} {message}: {count}"
 
 
 def _reasons(findings: Iterable[Finding]) -> Iterator[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from onnxforge.weights import Weight, Weights
 
-__all__ = ["CODES", "Selection"]
+__all__ = ["CODES", "Selection", "skipped", "too_old", "treated"]
 
 CODES: Mapping[str, str] = {
     "OF201": "The weight is stored in its new form.",
@@ -87,6 +87,25 @@ class Selection:
         return _obstacle(weight)
 
 
+def skipped(weight: Weight, code: str, message: str, detail: str = "") -> Finding:
+    """The finding that a weight stays as it is."""
+    return Finding(code, weight.where, message, weight.nbytes, Fate.SKIPPED, detail=detail)
+
+
+def treated(weight: Weight, message: str) -> Finding:
+    """The finding that a weight gets a new form; ask before it does."""
+    return Finding("OF201", weight.where, message, weight.nbytes, Fate.TREATED)
+
+
+def too_old(weight: Weight, needed: int, operator: str) -> Finding | None:
+    """The finding that an operator which a new form needs is not there, or None."""
+    version = weight.opset
+    if version >= needed:
+        return None
+    detail = f"opset {version}" if version else "ai.onnx is not imported"
+    return skipped(weight, "OF210", f"{operator} needs opset {needed}", detail)
+
+
 def _without_torn(
     chosen: list[Weight], weights: Weights, findings: list[Finding]
 ) -> list[Weight]:
@@ -98,9 +117,7 @@ def _without_torn(
     torn = [weight for weight in chosen if identity(weight.tensor) in kept]
     for weight in torn:
         message, other = "shares its bytes with one that stays", kept[identity(weight.tensor)]
-        findings.append(
-            Finding("OF211", weight.where, message, weight.nbytes, Fate.SKIPPED, detail=other)
-        )
+        findings.append(skipped(weight, "OF211", message, other))
     return [weight for weight in chosen if identity(weight.tensor) not in kept]
 
 

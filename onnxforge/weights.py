@@ -112,6 +112,12 @@ class Weight:
         return self.value is not None and self.value.is_graph_input()
 
     @property
+    def opset(self) -> int:
+        """Lowest version of ai.onnx where it is held or read, 0 where there is none."""
+        scopes = [self.scope, *(use.scope for use in self.uses)]
+        return min(scope.opset_imports.get("", 0) for scope in scopes)
+
+    @property
     def readers(self) -> Iterator[ir.Node]:
         """The nodes that read it, directly or through what a constant stays one behind."""
         nodes = [use.node for use in self.uses]
@@ -163,7 +169,7 @@ class Weights:
         self.model = model
         self._scopes = list(scopes(model))
         uses = _uses(self._scopes)
-        outputs = _output_names(self._scopes)
+        self._outputs = _output_names(self._scopes)
         needed = needed_constants(model, self._scopes)
         self._all = [w for scope in self._scopes for w in _weights_in(scope)]
         self._by_value: dict[ir.Value, Weight] = {}
@@ -171,9 +177,8 @@ class Weights:
         for weight in self._all:
             if weight.value is not None:
                 weight.uses = tuple(uses.get(weight.value, ()))
-                name = weight.value.name
                 weight.is_needed_constant = weight.value in needed
-                weight.is_output = weight.value.is_graph_output() or name in outputs
+                weight.is_output = self.is_output(weight.value)
                 self._by_value[weight.value] = weight
         self._names = _names(self._scopes)
 
@@ -184,6 +189,15 @@ class Weights:
     def __len__(self) -> int:
         """Number of weights."""
         return len(self._all)
+
+    @property
+    def scopes(self) -> Sequence[Scope]:
+        """The graphs of the model, outer ones first."""
+        return self._scopes
+
+    def is_output(self, value: ir.Value) -> bool:
+        """Whether a value is an output of its graph or of a body inside it."""
+        return value.is_graph_output() or value.name in self._outputs
 
     def of(self, value: ir.Value | None) -> Weight | None:
         """The weight that is this value, if it is one."""

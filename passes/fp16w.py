@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxforge.core import Effect, Fate, Finding, Pass, Result
+from onnxforge.core import Effect, Finding, Pass, Result
 from onnxforge.errors import Refused
 from onnxforge.lazy import DerivedTensor, stream
 from onnxforge.numerics.half import OVERFLOW, SMALLEST_NORMAL, narrow, narrow_finite
 from onnxforge.options import ByteSize
-from onnxforge.selection import CODES, Selection
+from onnxforge.selection import CODES, Selection, skipped, too_old, treated
+from onnxforge.surgery import Surgery
 from onnxforge.weights import Use, Weight, Weights, for_each
+from onnxforge.widening import widen
 
 __all__ = ["WeightsFp16CastPass"]
 
+_REAL = ir.DataType.FLOAT
 _TINY = 16  # elements; a tensor this small is a constant of a formula, not learned
 
 
@@ -74,32 +77,17 @@ class WeightsFp16CastPass(Pass):
             if obstacle.code == "OF221" and self.on_overflow == "error":
                 raise Refused(f"{obstacle}; on_overflow=keep leaves it in float32")
         decoded: dict[str, ir.TensorProtocol] = {}
+        surgery = Surgery(weights)
         for weight, scan in zip(chosen, scans, strict=True):
             if isinstance(scan, Finding):
                 findings.append(scan)
                 continue
-            where, size = weight.where, weight.nbytes
+            findings.append(treated(weight, "stored as float16"))
             stored = DerivedTensor(weight.tensor, ir.DataType.FLOAT16, scan)
-            decoded[where] = DerivedTensor(stored, ir.DataType.FLOAT, _Widen())
+            decoded[weight.where] = DerivedTensor(stored, ir.DataType.FLOAT, _Widen())
             weight.store(stored)
-            self._widen(weight, weights)
-            findings.append(Finding("OF201", where, "stored as float16", size, Fate.TREATED))
+            widen(weight, _Halves(), surgery, share=self.share)
         return Result(model, bool(decoded), {}, tuple(findings), decoded)
-
-    def _widen(self, weight: Weight, weights: Weights) -> None:
-        """Give every user of a weight that is float16 now its float32 back."""
-        direct = []
-        for use in weight.uses:
-            if use.node.op_type == "Gather" and not use.node.domain and use.index == 0:
-                _cast_behind(use.node, weights)
-            else:
-                direct.append(use)
-        assert weight.value is not None
-        for users in _sharing(direct, share=self.share):
-            cast = _cast(weight.value, weights.unique(f"{weight.value.name}_fp16w"), weights)
-            users[0].scope.graph.insert_before(users[0].node, cast)
-            for use in users:
-                use.node.replace_input_with(use.index, cast.outputs[0])
 
 
 @dataclass(frozen=True)
@@ -120,9 +108,27 @@ class _Widen:
         np.copyto(out, block)
 
 
+class _Halves:
+    """float16 for float32: one Cast, which after a Gather takes only what was gathered."""
+
+    word = "fp16w"
+    dtype = ir.DataType.FLOAT16
+
+    def is_behind(self, use: Use) -> bool:
+        return use.node.op_type == "Gather" and not use.node.domain and use.index == 0
+
+    def whole(self, stored: ir.Value, output: str, surgery: Surgery) -> list[ir.Node]:
+        cast = surgery.node("Cast", [stored], output, _REAL, {"to": _REAL})
+        cast.outputs[0].shape = None if stored.shape is None else stored.shape.copy()
+        return [cast]
+
+    def taken(self, reader: ir.Node, output: str, surgery: Surgery) -> list[ir.Node]:
+        return self.whole(reader.outputs[0], output, surgery)
+
+
 def _scan(weight: Weight) -> _Narrow | Finding:
     """The kernel that narrows a weight, or the reason why it has to stay."""
-    if (obstacle := _cannot_cast(weight)) is not None:
+    if (obstacle := too_old(weight, 6, "Cast")) is not None:
         return obstacle
     finite = True
     is_tiny = weight.tensor.size <= _TINY
@@ -135,64 +141,9 @@ def _scan(weight: Weight) -> _Narrow | Finding:
         finite = finite and len(magnitude) == len(block)
         if magnitude.size and magnitude.max() >= OVERFLOW:
             detail = f"holds {magnitude.max():g}"
-            return _skipped(weight, "OF221", "overflows float16", detail)
+            return skipped(weight, "OF221", "overflows float16", detail)
         lost = magnitude[(magnitude > 0) & (magnitude < SMALLEST_NORMAL)]
         if is_tiny and lost.size:
             detail = f"holds {lost.min():g}"
-            return _skipped(weight, "OF222", "too small for float16", detail)
+            return skipped(weight, "OF222", "too small for float16", detail)
     return _Narrow(finite)
-
-
-def _cannot_cast(weight: Weight) -> Finding | None:
-    scopes = [weight.scope, *(use.scope for use in weight.uses)]
-    version = min(scope.opset_imports.get("", 0) for scope in scopes)
-    if version >= 6:
-        return None
-    detail = f"opset {version}" if version else "ai.onnx is not imported"
-    return _skipped(weight, "OF210", "Cast needs opset 6", detail)
-
-
-def _skipped(weight: Weight, code: str, message: str, detail: str) -> Finding:
-    return Finding(code, weight.where, message, weight.nbytes, Fate.SKIPPED, detail=detail)
-
-
-def _sharing(uses: Iterable[Use], *, share: bool) -> list[list[Use]]:
-    """Uses that read one Cast, in order of their nodes: those of a graph, or of a node."""
-    groups: dict[int, list[Use]] = {}
-    for use in uses:
-        reader = use.scope.graph if share else use.node
-        groups.setdefault(id(reader), []).append(use)
-    return list(groups.values())
-
-
-def _cast_behind(gather: ir.Node, weights: Weights) -> None:
-    """Cast what a Gather reads from a float16 table; the Cast takes over the output's name."""
-    wide = gather.outputs[0]
-    name = wide.name or ""
-    cast = _cast(wide, name, weights)
-    graph = gather.graph
-    assert graph is not None
-    graph.insert_after(gather, cast)
-    whole = cast.outputs[0]
-    wide.replace_all_uses_with(whole, replace_graph_outputs=True)
-    cast.replace_input_with(0, wide)
-    # What is said of the output holds for the Cast now.
-    whole.type, whole.doc_string = wide.type, wide.doc_string
-    whole.meta.update(wide.meta)
-    whole.metadata_props.update(wide.metadata_props)
-    wide.doc_string = None
-    wide.meta.clear()
-    wide.metadata_props.clear()
-    wide.name = weights.unique(f"{name}_fp16w")
-    wide.type = ir.TensorType(ir.DataType.FLOAT16)
-
-
-def _cast(source: ir.Value, output: str, weights: Weights) -> ir.Node:
-    shape = None if source.shape is None else source.shape.copy()
-    return ir.node(
-        "Cast",
-        [source],
-        {"to": ir.DataType.FLOAT},
-        name=weights.unique(f"{source.name}_fp16w_cast"),
-        outputs=[ir.Value(name=output, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)],
-    )

@@ -30,16 +30,23 @@ ENGINE_LINES, PASS_LINES, FUNCTION_LINES = 400, 350, 50
 ARGUMENTS, NESTING, SUMMARY = 5, 3, 72
 PASSES_MAY_IMPORT = {
     "core",
+    "dequantized",
     "errors",
+    "flow",
+    "integer",
     "lazy",
     "numerics",
+    "operands",
     "options",
     "placement",
+    "products",
     "runtime",
     "selection",
     "skeleton",
+    "surgery",
     "walk",
     "weights",
+    "widening",
 }
 CORE_MAY_IMPORT = {"errors", "options", "spec", "text"}
 TERMINAL = {"click", "rich"}

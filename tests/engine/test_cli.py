@@ -352,6 +352,7 @@ def test_the_json_report_has_its_keys(forge: Command, folder: Path) -> None:
         "fate": "treated",
         "level": "info",
         "detail": "",
+        "op": "",
     }
 
 

@@ -1,0 +1,232 @@
+"""Symmetric int8 weights: scales, kernels, and what the rounding costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxforge.lazy import BLOCK_BYTES, DerivedTensor, Scratch, reader
+from onnxforge.numerics.channels import Channels, absmax, walk
+from onnxforge.numerics.streaming import CompensatedSum, Percentiles
+
+__all__ = [
+    "Dequantize",
+    "Grid",
+    "Quantize",
+    "Rounding",
+    "ScaleRule",
+    "choose",
+    "rounding",
+    "saturating_pairs",
+]
+
+ScaleRule = Literal["absmax", "mse"]
+
+_NORMAL = np.float32(2.0**-126)  # the smallest float32 that no processor flushes to zero
+_CLIPS = tuple(1 - i / 50 for i in range(21))
+_PERCENTILE_LIMIT = 1 << 16
+_scratch = Scratch()
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Scales of a weight, and the integers it is rounded to.
+
+    An element is stored as ``round(w / scale)``, ties to even, within -limit and limit.
+
+    Attributes:
+        channels: Which elements share a scale.
+        scale: float32 of shape ``channels.grid``.
+        limit: Largest integer: 127, or 64 where two products must fit into 16 bits.
+    """
+
+    channels: Channels
+    scale: np.ndarray
+    limit: int = 127
+
+    @property
+    def scales(self) -> np.ndarray:
+        """The scales, of a shape that broadcasts against the weight."""
+        return self.scale.reshape(self.channels.scale_shape)
+
+    def _key(self) -> tuple[object, ...]:
+        return self.channels, self.scale.tobytes(), self.limit
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Kernel: floats to int8, or to uint8 around a zero point of 128.
+
+    Attributes:
+        grid: The scales.
+        zero_point: 0 for int8, 128 for uint8.
+    """
+
+    grid: Grid
+    zero_point: int = 0
+
+    def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
+        """Fill ``out``."""
+        grid = self.grid
+        levels = _scratch.take(4 * len(block)).view(np.float32)
+        if block.dtype != np.float32:
+            np.copyto(levels, block, casting="same_kind")
+            block = levels
+        for piece in grid.channels.pieces(start, start + len(block)):
+            here = slice(piece.start - start, piece.stop - start)
+            part = levels[here].reshape(piece.shape)
+            np.divide(block[here].reshape(piece.shape), grid.scale[piece.scale], out=part)
+        np.rint(levels, out=levels)
+        np.clip(levels, -grid.limit, grid.limit, out=levels)
+        if self.zero_point:
+            np.add(levels, np.float32(self.zero_point), out=levels)
+        np.copyto(out, levels, casting="unsafe")
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Kernel: int8 to the float32 it stands for, one multiplication as runtimes do it.
+
+    Attributes:
+        grid: The scales.
+    """
+
+    grid: Grid
+
+    def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
+        """Fill ``out``."""
+        np.copyto(out, block)
+        for piece in self.grid.channels.pieces(start, start + len(block)):
+            part = out[piece.start - start : piece.stop - start].reshape(piece.shape)
+            np.multiply(part, self.grid.scale[piece.scale], out=part)
+
+
+def choose(
+    tensor: ir.TensorProtocol, channels: Channels, rule: ScaleRule = "absmax", limit: int = 127
+) -> Grid | None:
+    """The scales of a weight.
+
+    Args:
+        tensor: The weight, of any float type.
+        channels: Which elements share a scale.
+        rule: ``absmax`` maps the largest magnitude of a channel to ``limit``; ``mse`` takes
+            of 21 clips from there down to 0.6 of it the one with the least squared error.
+        limit: Largest integer.
+
+    Returns:
+        The scales; None if the weight holds NaN or infinity. A channel whose scale would be
+        subnormal, which processors may flush to zero, gets 1, and its weights round to zero.
+    """
+    largest = absmax(tensor, channels)
+    if not np.isfinite(largest).all():
+        return None
+    if rule == "mse":
+        largest = largest * _best_clip(tensor, channels, largest, limit)
+    return Grid(channels, _scale(largest, limit), limit)
+
+
+def _scale(largest: np.ndarray, limit: int) -> np.ndarray:
+    scale = largest / np.float32(limit)
+    scale[scale < _NORMAL] = 1
+    return scale
+
+
+def _best_clip(
+    tensor: ir.TensorProtocol, channels: Channels, largest: np.ndarray, limit: int
+) -> np.ndarray:
+    """The factor of the largest magnitude with the least squared error, by channel."""
+    clips = np.array(_CLIPS, np.float32)
+    scales = [_scale(largest * clip, limit) for clip in clips]
+    errors = np.zeros((len(clips), *channels.grid))
+    for piece, values in walk(tensor, channels):
+        for scale, total in zip(scales, errors, strict=True):
+            here = scale[piece.scale]
+            levels = np.clip(np.rint(values / here), -limit, limit)
+            lost = np.subtract(values, levels * here, dtype=np.float64)
+            total[piece.scale] += np.square(lost).sum(axis=piece.along, keepdims=True)
+    best: np.ndarray = clips[errors.argmin(axis=0)]
+    return best
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far stored values are from the weight.
+
+    Attributes:
+        max_abs: Largest error.
+        mean_abs: Mean of the absolute errors.
+        p99_abs: 99th percentile of the absolute errors, to 0.4 % in large tensors.
+    """
+
+    max_abs: float
+    mean_abs: float
+    p99_abs: float
+
+    def __str__(self) -> str:
+        return f"max {self.max_abs:.2e}, mean {self.mean_abs:.2e}, p99 {self.p99_abs:.2e}"
+
+
+def rounding(tensor: ir.TensorProtocol, grid: Grid) -> Rounding:
+    """Compare a float32 weight with what its integers stand for."""
+    total, order, largest = CompensatedSum(), Percentiles(_PERCENTILE_LIMIT), 0.0
+    quantize, dequantize = Quantize(grid), Dequantize(grid)
+    for piece, values in walk(tensor, Channels(grid.channels.shape, ())):
+        flat = values.reshape(-1)
+        levels, decoded = np.empty(flat.size, np.int8), np.empty(flat.size, np.float32)
+        quantize(flat, levels, piece.start)
+        dequantize(levels, decoded, piece.start)
+        lost = np.abs(np.subtract(flat, decoded, dtype=np.float64))
+        largest = max(largest, float(lost.max(initial=0)))
+        total.add(float(lost.sum()))
+        order.add(lost)
+    return Rounding(largest, total.value / max(1, tensor.size), order.at(0.99))
+
+
+def saturating_pairs(tensor: ir.TensorProtocol, grid: Grid) -> tuple[int, int]:
+    """How many products of two can saturate, of how many.
+
+    Processors without VNNI add the products of two neighbours along the summed axis in 16
+    bits: 255 * (|a| + |b|) exceeds 32767 from |a| + |b| = 129 on.
+
+    Args:
+        tensor: The weight.
+        grid: Its scales; the axes that share one are neighbours.
+    """
+    outer, summed, inner = grid.channels.summed
+    read = reader(DerivedTensor(tensor, ir.DataType.INT8, Quantize(grid)))
+    over = 0
+    for start, stop, rows in _whole_pairs(outer, summed, inner):
+        content = np.empty(stop - start, np.uint8)
+        read(start, content)
+        levels = content.view(np.int8)
+        np.abs(levels, out=levels)  # at most 127
+        pairs = content.reshape(-1, rows, inner)
+        even, odd = pairs[:, 0 : rows - 1 : 2], pairs[:, 1:rows:2]
+        over += int(np.count_nonzero(even + odd > 128))
+    return over, outer * (summed // 2) * inner
+
+
+def _whole_pairs(outer: int, summed: int, inner: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of elements that tear no pair apart, and the rows of each."""
+    block = BLOCK_BYTES // 4
+    slab = summed * inner
+    if 0 < slab <= block:
+        step = block // slab * slab
+        for start in range(0, outer * slab, step):
+            yield start, min(start + step, outer * slab), summed
+        return
+    rows = max(1, block // (2 * inner)) * 2 if inner else 2
+    for base in range(0, outer * slab, slab or 1):
+        for row in range(0, summed, rows):
+            count = min(rows, summed - row)
+            yield base + row * inner, base + (row + count) * inner, count

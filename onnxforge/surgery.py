@@ -1,0 +1,105 @@
+"""Edits of a graph that passes over weights have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnxforge.weights import Weight, Weights
+
+__all__ = ["Surgery", "take_over"]
+
+
+class Surgery:
+    """Adds constants and nodes to a model under names that are free."""
+
+    def __init__(self, weights: Weights) -> None:
+        """Edit the model of these weights."""
+        self.weights = weights
+        self._companions: dict[ir.Graph, dict[str, list[ir.Value]]] = {}
+        self._last: dict[ir.Node, ir.Node] = {}
+
+    def constant(self, beside: Weight, name: str, content: np.ndarray) -> ir.Value:
+        """Add a constant next to a weight, in the form that the weight has.
+
+        Args:
+            beside: The weight; its graph gets the constant.
+            name: The name, if it is free, else the next one like it.
+            content: The values.
+        """
+        assert beside.value is not None, "a tensor in an attribute has no companions"
+        graph, free = beside.scope.graph, self.weights.unique(name)
+        tensor = ir.tensor(content, name=free)
+        shape = ir.Shape(content.shape)
+        if beside.node is None:
+            value = ir.Value(
+                name=free,
+                type=ir.TensorType(tensor.dtype),
+                shape=shape,
+                const_value=tensor,
+            )
+            graph.initializers.add(value)
+            companions = self._companions.setdefault(graph, {})
+            companions.setdefault(beside.value.name or "", []).append(value)
+            return value
+        node = self.node("Constant", [], free, tensor.dtype, {"value": tensor})
+        node.outputs[0].shape = shape
+        graph.insert_after(self._last.get(beside.node, beside.node), node)
+        self._last[beside.node] = node
+        return node.outputs[0]
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        output: str,
+        dtype: ir.DataType,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> ir.Node:
+        """A node of one output, not in a graph yet; ``output`` is a name that is free."""
+        made = ir.Value(name=output, type=ir.TensorType(dtype))
+        name = self.weights.unique(f"{output}_{operator}")
+        return ir.node(operator, inputs, attributes, name=name, outputs=[made])
+
+    def drop_dead(self, nodes: Sequence[ir.Node]) -> None:
+        """Remove those of the nodes that nobody reads, the last first."""
+        for node in reversed(nodes):
+            read = any(o.uses() or self.weights.is_output(o) for o in node.outputs)
+            if node.graph is not None and not read:
+                node.graph.remove(node, safe=True)
+
+    def settle(self) -> None:
+        """Give initializers their order: companions stand behind their weight.
+
+        So the order does not depend on which of several passes came first.
+        """
+        for graph, companions in self._companions.items():
+            added = {id(v) for values in companions.values() for v in values}
+            ordered = [v for v in graph.initializers.values() if id(v) not in added]
+            data = graph.initializers.data
+            data.clear()
+            for value in ordered:
+                data[value.name or ""] = value
+                for companion in companions.get(value.name or "", ()):
+                    data[companion.name or ""] = companion
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Make a value stand where another one stood: its users, name, type and remarks.
+
+    The old value is left without a name; whoever keeps it gives it one.
+    """
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    new.name, old.name = old.name, None
+    new.shape = None if old.shape is None else old.shape.copy()
+    new.type, new.doc_string = old.type, old.doc_string
+    new.meta.update(old.meta)
+    new.metadata_props.update(old.metadata_props)
+    old.doc_string = None
+    old.meta.clear()
+    old.metadata_props.clear()
