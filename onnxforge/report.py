@@ -154,6 +154,14 @@ def inspection_as_text(found: Inspection) -> str:
             ],
         ),
         "",
+        *_table(
+            ["weights read by", "type", "count", "bytes"],
+            [
+                [group.readers, group.dtype, str(group.count), f"{group.nbytes:,}"]
+                for group in found.readers
+            ],
+        ),
+        "",
         *_table(["operator", "count"], [[op, str(count)] for op, count in found.ops.items()]),
     ]
     return "\n".join(map(printable, lines))

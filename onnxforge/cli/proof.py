@@ -57,6 +57,7 @@ def _gate_options(command: Any) -> Any:
 @click.option("--localize", is_flag=True, help="Find the values where error enters.")
 @click.option("--provider", multiple=True, help="Execution provider, preferred first.")
 @click.option("--threads", type=int, default=1, show_default=True, help="0: all there are.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="For loading, for each run.")
 @click.option(
     "--text", "texts", nargs=2, type=PATH, help="Also, or only: two .jsonl of texts."
 )
@@ -87,6 +88,7 @@ def compare(
     localize: bool,
     provider: tuple[str, ...],
     threads: int,
+    timeout: float | None,
     texts: tuple[Path, Path] | None,
     max_abs: tuple[str, ...],
     min_sqnr: tuple[str, ...],
@@ -112,12 +114,11 @@ def compare(
         _show(Document(None, text=told), style, output)
         return
     sizes = dict(_pair("--size", text) for text in size)
-    given = (max_abs, min_sqnr, min_cosine, max_argmax_rate)
     options = Options(
-        Setup(provider or Setup.providers, threads),
+        Setup(provider or Setup.providers, threads, timeout=timeout),
         argmax=dict(_pair("--argmax", text, default=-1) for text in argmax),
         top=top,
-        gates=_gates(given),
+        gates=_gates((max_abs, min_sqnr, min_cosine, max_argmax_rate)),
         localize=localize,
     )
     samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)

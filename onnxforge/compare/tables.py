@@ -22,6 +22,8 @@ _Models = tuple[Inspection, Inspection]
 _Row = tuple[str, ...]
 _DISTANCES = "max", "mean", "p99", "p99.9", "relative"
 _COVERAGE = "count", "bytes", "share"
+_READ = "bytes", "types"
+_RANGE = "least", "largest"
 _NUMBER = re.compile(r"-?[\d,./]+(e[-+]\d+)?( %)?|-|-?inf|nan|undefined")
 
 
@@ -77,6 +79,7 @@ def _tables(document: Document, *, samples: bool) -> Iterator[Table]:
         yield _decoding(document.decode)
     if document.models:
         yield _weights(document.models)
+        yield _readers(document.models)
         yield _operators(document.models)
     if found:
         yield _sides(found, document.models)
@@ -116,6 +119,8 @@ def _errors(document: Document) -> Table:
 
 
 def _distances(found: Comparison) -> _Row:
+    if not found.count:
+        return ("-",) * len(_DISTANCES)
     numbers = found.max_abs, found.mean_abs, found.p99_abs, found.p999_abs, found.max_relative
     return tuple(map(_number, numbers))
 
@@ -203,22 +208,28 @@ def _layers(found: Localization) -> Table:
             _number(layer.reached.sqnr_db),
             _number(layer.entered.max_abs),
             _number(layer.reached.max_abs),
-            _number(layer.reached.max_reference),
+            *_range(layer.reached),
         )
         for layer in found.layers
     ]
-    errors = "entered, dB", "reached, dB", "entered, max", "reached, max", "largest value"
-    note = "Entered is what the node adds; reached is what has piled up there."
-    return Table("Error per layer", ("node", "operator", "value", *errors), rows, note)
+    errors = "entered, dB", "reached, dB", "entered, max", "reached, max"
+    note = (
+        f"{found.walked} values compared, {len(found.only_reference)} are in the reference "
+        f"alone, {len(found.only_candidate)} in the candidate alone. "
+        "Entered is what the node adds; reached is what has piled up there. "
+        "Least and largest are of the values, from the reference to the candidate."
+    )
+    header = ("node", "operator", "value", *errors, *_RANGE)
+    return Table("Error per layer", header, rows, note)
 
 
 def _ranges(outputs: Iterable[OutputEvidence]) -> Table:
-    header = "output", "types", "largest value", "NaN", "infinite", "disagreements"
+    header = "output", "types", *_RANGE, "NaN", "infinite", "disagreements"
     rows = [
         (
             Foreign(output.name),
             " -> ".join(dict.fromkeys(output.types)).lower(),
-            _number(c.max_reference),
+            *_range(c),
             f"{c.nan_reference} -> {c.nan_candidate}",
             f"{c.inf_reference} -> {c.inf_candidate}",
             str(c.nonfinite_mismatches),
@@ -226,7 +237,17 @@ def _ranges(outputs: Iterable[OutputEvidence]) -> Table:
         for output in outputs
         for c in [output.overall]
     ]
-    return Table("Ranges", header, rows, "From the reference to the candidate.")
+    note = "From the reference to the candidate; least and largest of what is finite."
+    return Table("Ranges", header, rows, note)
+
+
+def _range(found: Comparison) -> _Row:
+    """Least and largest value, each from the reference to the candidate."""
+    sides = found.range_reference, found.range_candidate
+    return tuple(
+        " -> ".join("-" if side is None else _number(side[end], 4) for side in sides)
+        for end in (0, 1)
+    )
 
 
 def _clips(found: TextEvidence) -> Table:
@@ -277,6 +298,25 @@ def _weights(models: _Models) -> Table:
         rows.append(tuple(row))
     header = [f"{side}: {what}" for side in ("reference", "candidate") for what in _COVERAGE]
     return Table("Weights by type", ("type", *header), rows)
+
+
+def _readers(models: _Models) -> Table:
+    names = dict.fromkeys(group.readers for model in models for group in model.readers)
+    rows = [
+        (Foreign(name), *(cell for model in models for cell in _coverage(model, name)))
+        for name in names
+    ]
+    header = [f"{side}: {what}" for side in ("reference", "candidate") for what in _READ]
+    note = "Operators that compute with weights, behind Cast, Transpose and the like."
+    return Table("Weights by operator", ("read by", *header), rows, note)
+
+
+def _coverage(model: Inspection, readers: str) -> _Row:
+    """Bytes of the weights that some operators read, and how they share them among types."""
+    groups = [group for group in model.readers if group.readers == readers]
+    total = sum(group.nbytes for group in groups)
+    shares = (f"{g.dtype} {100 * g.nbytes / total:.1f} %" for g in groups if total)
+    return f"{total:,}", ", ".join(shares) or "-"
 
 
 def _operators(models: _Models) -> Table:

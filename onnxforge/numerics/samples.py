@@ -1,18 +1,35 @@
-"""Inputs for a model, made from what it says of them."""
+"""Inputs for a model: read from files, or made from what it says of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tokenize
+import zipfile
+import zlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxforge.errors import Refused
+from onnxforge.errors import DataError, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
-__all__ = ["random_inputs"]
+__all__ = ["random_inputs", "read_archive", "read_array"]
+
+# What numpy and zipfile raise for damaged files; a RuntimeError where they do not know how.
+_UNREADABLE = (
+    EOFError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def random_inputs(
@@ -53,3 +70,37 @@ def random_inputs(
             array = rng.integers(0, (below or {}).get(name, 2), shape).astype(dtype.numpy())
         drawn[name] = array
     return drawn
+
+
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """Read a .npy file.
+
+    Raises:
+        DataError: It cannot be read, or holds Python objects.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file)
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read a .npz file.
+
+    Raises:
+        DataError: It cannot be read, or holds what is no array.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return {
+                name.removesuffix(".npy"): _member(archive, name)
+                for name in archive.namelist()
+            }
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    with archive.open(name) as file:
+        return np.lib.format.read_array(file)

@@ -73,12 +73,30 @@ def test_a_gate_that_does_not_hold_is_named(tier: tuple[Path, Path], capsys: Pri
     assert "--min-sqnr 200 for " in capsys.readouterr().err
 
 
+def test_a_side_that_does_not_end_in_time_fails(
+    tier: tuple[Path, Path], capsys: Printed
+) -> None:
+    assert run("compare", *tier, "--random", 1, "--timeout", 0.01) == 1
+    done = capsys.readouterr()
+    assert "onnxruntime did not load the model in 0.01 s and was killed" in done.out
+    assert done.err.count("\n") == 1
+    assert run("compare", *tier, "--random", 1, "--timeout", 300) == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--random", "1", "--min-sqnr", "many"],
         ["--random", "1", "--size", "time"],
         ["--random", "1", "--max-abs", "none=1"],
+        ["--random", "1", "--timeout", "0"],
+        ["--random", "1", "--top", "0"],
+        ["--random", "1", "--threads", "-1"],
+        ["--random", "1", "--seed", "-1"],
+        ["--random", "1", "--size", "time=-1"],
+        ["--random", "-1"],
+        ["--random", "1", "--seconds", "nan"],
+        ["--random", "1", "--rate", "0"],
         [],
     ],
 )

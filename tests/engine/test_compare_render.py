@@ -94,10 +94,17 @@ def test_numbers_of_real_evidence_are_in_the_tables(real: Document) -> None:
     assert found["Error per output"].rows[0][1:3] == nan
     assert found["Error per output"].rows[0][-2:] == ("1/4", "no")
     assert found["Error per output"].rows[1][1] == f"{output.overall.max_abs:.3g}"
-    assert found["Ranges"].rows[0][3:] == ("0 -> 1", "0 -> 0", "1")
+    low, high = pairs.logits().min(), pairs.logits().max()
+    assert found["Ranges"].rows[0][2].split(" -> ")[0] == f"{low:.4g}"
+    assert found["Ranges"].rows[0][3].split(" -> ")[0] == f"{high:.4g}"
+    assert found["Ranges"].rows[0][4:] == ("0 -> 1", "0 -> 0", "1")
     assert [row[2] for row in found["Gates"].rows] == ["passed", "failed"]
     assert ("float", "3", "49,152", "100.0 %", "4", "50,176", "100.0 %") in [
         *found["Weights by type"].rows
+    ]
+    assert found["Weights by operator"].rows == [
+        ("MatMul", "49,152", "float 100.0 %", "49,152", "float 100.0 %"),
+        ("Add", "0", "-", "1,024", "float 100.0 %"),
     ]
     assert found["Operators"].rows == [
         ("Add", "1", "2"),
