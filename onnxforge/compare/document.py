@@ -103,7 +103,7 @@ def remarks(document: Document) -> list[tuple[str, Foreign]]:
 
 def names(found: Evidence) -> list[str]:
     """Paths of both models without the folders above both, which are nobody's business."""
-    parts = [Path(side.path).parts for side in (found.reference, found.candidate)]
+    parts = [Path(side.path).absolute().parts for side in (found.reference, found.candidate)]
     above = zip(parts[0][:-1], parts[1][:-1], strict=False)
     shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], above)))
     return [str(Path(*each[shared:])) for each in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from onnxforge.numerics.decode import ClipDecode, DecodeEvidence, Loop
 from onnxforge.numerics.metrics import Comparison
 from onnxforge.numerics.ranking import Ranking
 from onnxforge.numerics.streaming import HISTOGRAM_ERROR
-from onnxforge.numerics.text import TextErrors, TextEvidence
+from onnxforge.numerics.text import ClipText, TextErrors, TextEvidence
 
 __all__ = ["Table", "tables"]
 
@@ -256,12 +257,18 @@ def _clips(found: TextEvidence) -> Table:
 
     rows: list[_Row] = [
         (Foreign(name), _yes(clip.byte_exact), *rates(clip.strict), *rates(clip.normalized))
-        for name, clip in found.clips.items()
+        for name, clip in sorted(found.clips.items(), key=lambda item: _exactness(item[1]))
     ]
     exact = f"{found.byte_exact}/{len(rows)}"
     rows.insert(0, ("all", exact, *rates(found.strict), *rates(found.normalized)))
     header = "clip", "byte-exact", "WER", "CER", "WER normalized", "CER normalized"
-    return Table("Transcripts", header, rows)
+    return Table("Transcripts", header, rows, "The most wrong is first.")
+
+
+def _exactness(clip: ClipText) -> tuple[bool, float]:
+    """Sorts clips, the most wrong first; what has no rate is very wrong."""
+    rate = math.inf if clip.strict.cer is None else clip.strict.cer
+    return clip.byte_exact, -rate
 
 
 def _decoding(found: DecodeEvidence) -> Table:
@@ -272,7 +279,8 @@ def _decoding(found: DecodeEvidence) -> Table:
         loops = _loop(clip.reference_loop), _loop(clip.candidate_loop)
         return Foreign(name), str(len(clip.steps)), str(wrong), where, *lengths, *loops
 
-    rows = [row(name, clip) for name, clip in found.clips.items()]
+    clips = sorted(found.clips.items(), key=lambda item: item[1].divergence is None)
+    rows = [row(name, clip) for name, clip in clips]
     diverged = f"{found.diverged}/{len(rows)} prompts"
     rows.insert(0, ("all", str(found.steps), str(found.mismatches), diverged, *["-"] * 4))
     lengths = "tokens, reference", "tokens, candidate", "loop, reference", "loop, candidate"
