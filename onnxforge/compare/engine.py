@@ -194,7 +194,7 @@ class _Work:
             not_compared=_without(self._common, measured) if ran else (),
             gates=evaluate(options.gates, outputs, sorted(measured) or self._common),
             localization=localization,
-            notes=tuple(self._notes()),
+            notes=(*self._notes(), *first.notes(), *second.notes()),
         )
 
     def _localize(self, sample: _Staged, setups: tuple[Setup, Setup]) -> Localization:
@@ -299,6 +299,12 @@ class _Runner:
                     self.failure = f"{name}: {error}"
                     return
                 yield found
+
+    def notes(self) -> Iterator[str]:
+        """Which providers were asked for in vain: the runtime itself falls back in silence."""
+        used = self._session.providers
+        if used and (missing := [n for n in self._setup.providers if n not in used]):
+            yield f"{self._path} ran on {', '.join(used)}, not on {', '.join(missing)}"
 
     def side(self, casts: tuple[str, ...] = ()) -> Side:
         """How it went."""

@@ -100,8 +100,7 @@ def _errors(document: Document) -> Table:
         (
             Foreign(output.name),
             *_distances(output.overall),
-            _number(output.sqnr_min),
-            f"{output.cosine_min:.9g}",
+            *_likeness(output),
             *_argmax(output.overall, output.ranking),
         )
         for output in document.outputs
@@ -117,6 +116,12 @@ def _errors(document: Document) -> Table:
         note += f" Percentiles are within {HISTOGRAM_ERROR:.1%}."
     header = ("output", *_DISTANCES, "SQNR dB", "cosine", "argmax mismatches", "finite")
     return Table("Error per output", header, rows, note)
+
+
+def _likeness(output: OutputEvidence) -> _Row:
+    if not output.overall.count:
+        return "-", "-"
+    return _number(output.sqnr_min), f"{output.cosine_min:.9g}"
 
 
 def _distances(found: Comparison) -> _Row:

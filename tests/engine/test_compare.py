@@ -276,6 +276,7 @@ def test_a_crash_is_a_result(reference: Path, tmp_path: Path) -> None:
     assert found.reference.failure == ""
     assert found.candidate.failure == "one: onnxruntime died with SIGABRT: noise on stdout"
     assert (found.candidate.runtime, found.candidate.providers) == ("0", ("Fake",))
+    assert found.notes == (f"{reference} ran on Fake, not on CPUExecutionProvider",)
     assert len(found.outputs[0].samples) == 1
     assert not found.passed
 
