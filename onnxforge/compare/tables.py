@@ -214,7 +214,7 @@ def _layers(found: Localization) -> Table:
             _number(layer.reached.sqnr_db),
             _number(layer.entered.max_abs),
             _number(layer.reached.max_abs),
-            *_range(layer.reached),
+            *(_number(end, 4) for end in layer.reached.range_reference or (None, None)),
         )
         for layer in found.layers
     ]
@@ -223,7 +223,7 @@ def _layers(found: Localization) -> Table:
         f"{found.walked} values compared, {len(found.only_reference)} are in the reference "
         f"alone, {len(found.only_candidate)} in the candidate alone. "
         "Entered is what the node adds; reached is what has piled up there. "
-        "Least and largest are of the values, from the reference to the candidate."
+        "Least and largest are of the reference's values."
     )
     header = ("node", "operator", "value", *errors, *_RANGE)
     return Table("Error per layer", header, rows, note)
