@@ -223,3 +223,23 @@ def test_the_weight_and_the_byte_are_named(tmp_path: Path) -> None:
     onnx.save(model, child)
     (difference,) = verify(parent, child).differences
     assert difference == f"{weight.name}: differs from byte 14 of {values.nbytes} on"
+
+
+def test_weights_of_nodes_of_one_name_are_all_compared(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (int64[1] n) => (float[m] y) {
+      a = ConstantOfShape<value = float[1] {1}>(n)
+      b = ConstantOfShape<value = float[1] {2}>(n)
+      y = Add(a, b) }"""
+    (tmp_path / "a").mkdir()
+    parent, child = tmp_path / "a" / "m.onnx", tmp_path / "m.onnx"
+    model = onnx.parser.parse_model(text)
+    for node in model.graph.node[:2]:
+        node.name = "same"
+    parent.write_bytes(model.SerializeToString())
+    for place in (0, 1):
+        changed = onnx.ModelProto.FromString(parent.read_bytes())
+        tensor = changed.graph.node[place].attribute[0].t
+        tensor.CopyFrom(numpy_helper.from_array(np.array([9], np.float32), tensor.name))
+        child.write_bytes(changed.SerializeToString())
+        assert not verify(parent, child).derived, place
