@@ -52,7 +52,7 @@ def random_inputs(
         below: What integers stay below where that is not 2, by name.
 
     Raises:
-        Refused: An input is no tensor of numbers.
+        Refused: An input is no tensor of numbers, or too large.
     """
     rng = np.random.default_rng(seed)
     drawn: dict[str, np.ndarray] = {}
@@ -63,13 +63,22 @@ def random_inputs(
         dims = [] if value.shape is None else list(value.shape)
         usual = [dim if isinstance(dim, int) else size for dim in dims]
         shape = (shapes or {}).get(name, usual)
-        dtype = value.type.dtype
-        if dtype.is_floating_point():
-            array = rng.standard_normal(shape).astype(dtype.numpy())
-        else:
-            array = rng.integers(0, (below or {}).get(name, 2), shape).astype(dtype.numpy())
-        drawn[name] = array
+        highest = (below or {}).get(name, 2)
+        try:
+            drawn[name] = _random(rng, value.type.dtype, shape, highest)
+        except (MemoryError, ValueError) as error:
+            raise Refused(
+                f"the input {name!r} cannot have the shape {shape}: {error}"
+            ) from None
     return drawn
+
+
+def _random(
+    rng: np.random.Generator, dtype: ir.DataType, shape: Sequence[int], highest: int
+) -> npt.NDArray[Any]:
+    if dtype.is_floating_point():
+        return rng.standard_normal(shape).astype(dtype.numpy())
+    return rng.integers(0, highest, shape).astype(dtype.numpy())
 
 
 def read_array(path: Path) -> npt.NDArray[Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxforge.errors import RuntimeFailed, SpecError
+from onnxforge.errors import OnnxforgeError, RuntimeFailed, SpecError
 
 __all__ = ["ArrayFile", "Level", "Session", "Setup", "read_all", "run", "write_all"]
 
@@ -80,9 +80,17 @@ class ArrayFile:
 
     @classmethod
     def write(cls, path: Path, array: np.ndarray) -> ArrayFile:
-        """Write an array."""
+        """Write an array.
+
+        Raises:
+            OnnxforgeError: There is no room.
+        """
         dtype = ir.DataType.from_numpy(array.dtype)
-        np.save(path, array.view(f"u{array.itemsize}") if _is_foreign(dtype) else array)
+        try:
+            np.save(path, array.view(f"u{array.itemsize}") if _is_foreign(dtype) else array)
+        except OSError as error:
+            why = error.strerror or error
+            raise OnnxforgeError(f"{path}: {why}; TMPDIR may name another folder") from None
         return cls(path, dtype)
 
     def open(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from onnxforge.compare import (
 )
 from onnxforge.compare.document import Document
 from onnxforge.compare.render import as_text
-from onnxforge.errors import DataError, SpecError
+from onnxforge.errors import DataError, OnnxforgeError, SpecError
 from support import fixtures, oracle, pairs
 
 GATES = [
@@ -304,6 +304,15 @@ def test_other_setups_are_told(reference: Path) -> None:
     setup = Setup(threads=2, optimization="none")
     side = compare(reference, reference, ONE, Options(candidate=setup)).candidate
     assert (side.threads, side.optimization) == (2, "none")
+
+
+def test_a_full_disk_is_one_line(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OnnxforgeError, match="No space left on device; TMPDIR may name"):
+        compare(reference, reference, ONE)
 
 
 def test_random_operators_are_noted(tmp_path: Path) -> None:

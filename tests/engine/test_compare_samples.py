@@ -11,7 +11,7 @@ import pytest
 
 from onnxforge.compare.drawing import drawn
 from onnxforge.compare.samples import Data, Sample, fit, samples
-from onnxforge.errors import DataError
+from onnxforge.errors import DataError, Refused
 from onnxforge.model_io import load
 from onnxforge.numerics.samples import read_archive, read_array
 from support import fixtures, oracle, pairs
@@ -173,6 +173,15 @@ def test_equal_seeds_draw_equal_samples() -> None:
 
     assert bits(1) == bits(1)
     assert len({*bits(0), *bits(1)}) == 12
+
+
+@pytest.mark.parametrize("length", [10**13, 10**22])
+@pytest.mark.parametrize("kind", ["float", "int64"])
+def test_what_no_memory_holds_is_one_line(tmp_path: Path, kind: str, length: int) -> None:
+    one = model(tmp_path, f"({kind}[n] x) => ({kind}[n] y) {{ y = Neg(x) }}")
+    with pytest.raises(Refused, match=rf"'x' cannot have the shape \[{length}\]: ") as caught:
+        list(drawn(one, 1, sizes={"n": length}))
+    assert "\n" not in str(caught.value)
 
 
 def test_caches_are_empty_and_filled_in_turn() -> None:
