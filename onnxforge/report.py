@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.core import Fate, Finding
-from onnxforge.text import printable
+from onnxforge.text import aligned, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -233,14 +233,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as they need, numbers to the right."""
     if not rows:
         return [f"{header[0] or header[1]}: none"]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     numeric = [
         all(row[i].replace(",", "").isdigit() for row in rows) for i in range(len(header))
     ]
-    return [
-        "  ".join(
-            word.rjust(width) if right else word.ljust(width)
-            for word, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in itertools.chain([header], rows)
-    ]
+    return aligned([header, *rows], numeric)
