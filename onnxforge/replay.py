@@ -27,7 +27,11 @@ from onnxforge.weights import Weights, for_each
 if TYPE_CHECKING:
     import onnx
 
+    from onnxforge.core import Pass
+
 __all__ = ["Verification", "verify"]
+
+_MOST = 100  # passes that are run because a model says so
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ def verify(
         with about(Path(child)):
             pipeline = _recorded(expected, found)
     announce(pipeline)
+    with about(Path(child if passes is None else parent)):
+        steps = _steps(pipeline, recorded=passes is None)
     with about(Path(parent)):
-        steps = parse(pipeline, third_party=passes is not None) if pipeline else ()
         PassManager(steps, verify=False).apply(expected)
     remarks = _remarks(found, Path(child))
     if passes is not None:  # then what the child says of itself is not what is asked
@@ -113,6 +118,14 @@ def _recorded(parent: ir.Model, child: ir.Model) -> str:
     if not text or before:
         raise Refused("does not say how it was made from the parent: give --passes")
     return text
+
+
+def _steps(pipeline: str, *, recorded: bool) -> tuple[Pass, ...]:
+    """The passes of a text, which anybody may have written if it is recorded in a model."""
+    steps = parse(pipeline, third_party=not recorded) if pipeline else ()
+    if recorded and len(steps) > _MOST:
+        raise Refused(f"{len(steps)} passes are recorded, more than {_MOST}: give --passes")
+    return steps
 
 
 def _remarks(child: ir.Model, path: Path) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def _gate_options(command: Any) -> Any:
 @click.option("--localize", is_flag=True, help="Find the values where error enters.")
 @click.option("--provider", multiple=True, help="Execution provider, preferred first.")
 @click.option("--threads", type=int, default=1, show_default=True, help="0: all there are.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="For loading, for each run.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="For loading and each run.")
 @click.option(
     "--text", "texts", nargs=2, type=PATH, help="Also, or only: two .jsonl of texts."
 )
