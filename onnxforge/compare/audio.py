@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxforge.compare.samples import Sample
-from onnxforge.errors import DataError
+from onnxforge.errors import DataError, about
 from onnxforge.model_io import load
 from onnxforge.runtime.session import Session, Setup, read_all, write_all
 
@@ -55,10 +55,14 @@ def from_audio(
     first = load(preprocessor, editable=False)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxforge-")))
-        session = stack.enter_context(Session(preprocessor, folder, Setup(timeout=timeout)))
+        with about(preprocessor):
+            session = stack.enter_context(
+                Session(preprocessor, folder, Setup(timeout=timeout))
+            )
         for name, wave, length in windows:
             feeds = _waveform(first, wave, length, str(preprocessor))
-            made = session.run(write_all(folder, "in", feeds))
+            with about(preprocessor):
+                made = session.run(write_all(folder, "in", feeds))
             yield Sample(name, _assigned(read_all(made), model, name))
 
 

@@ -138,6 +138,9 @@ def test_a_preprocessor_that_fails_is_no_result(
     bad = PREPROCESSOR.replace("Concat<axis=1>(w, n)", "MatMul(w, w)")
     first = pairs.saved(tmp_path / "pre.onnx", bad)
     model = pairs.saved(tmp_path / "model.onnx", ENCODER)
-    with pytest.raises(RuntimeFailed, match="MatMul"):
+    with pytest.raises(RuntimeFailed, match=r"pre\.onnx: .*MatMul"):
         compare(model, model, Data([sound], preprocessor=first))
+    data = Data([sound], preprocessor=first)
+    with pytest.raises(RuntimeFailed, match=r"pre\.onnx: onnxruntime did not load"):
+        list(samples(load(model, editable=False), data, timeout=0.001))
     assert list(temporary.iterdir()) == []
