@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from onnxforge import model_io
 from onnxforge.lazy import FileTensor
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["Inspection", "Port", "WeightGroup", "inspect"]
+_Key = TypeVar("_Key", bound=tuple[str, ...])
+
+__all__ = ["Inspection", "Port", "ReaderGroup", "WeightGroup", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,24 @@ class WeightGroup:
 
 
 @dataclass(frozen=True)
+class ReaderGroup:
+    """Weights of one type that the same operators read.
+
+    Attributes:
+        readers: These operators, looking through Cast, Transpose and the like;
+            ``graph output``, ``default of a function`` or ``nothing`` where there is none.
+        dtype: Type of their elements.
+        count: How many.
+        nbytes: Their size in bytes.
+    """
+
+    readers: str
+    dtype: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a model is.
 
@@ -64,6 +84,7 @@ class Inspection:
         inputs: Graph inputs.
         outputs: Graph outputs.
         weights: Weights by type and place, the largest first.
+        readers: Weights by the operators that read them and by type, the largest first.
         ops: Number of nodes by operator, in all graphs, the most frequent first.
     """
 
@@ -75,6 +96,7 @@ class Inspection:
     inputs: Sequence[Port]
     outputs: Sequence[Port]
     weights: Sequence[WeightGroup]
+    readers: Sequence[ReaderGroup]
     ops: Mapping[str, int]
 
 
@@ -91,6 +113,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         if scope.function is not None and scope.parent is None:
             for domain, version in scope.opset_imports.items():
                 opsets[scope.path + (domain or "ai.onnx")] = version
+    weights = Weights(model)
     return Inspection(
         ir_version=model.ir_version,
         opsets=opsets,
@@ -99,7 +122,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         files=model_io.files(model),
         inputs=[_port(value) for value in model.graph.inputs],
         outputs=[_port(value) for value in model.graph.outputs],
-        weights=_groups(Weights(model)),
+        weights=[WeightGroup(*key, *size) for key, size in _sums(weights, _kind)],
+        readers=[ReaderGroup(*key, *size) for key, size in _sums(weights, _readers)],
         ops=dict(ops.most_common()),
     )
 
@@ -112,14 +136,30 @@ def _port(value: ir.Value) -> Port:
     return Port(value.name or "", str(value.type), str(value.shape))
 
 
-def _groups(weights: Weights) -> list[WeightGroup]:
-    counts: Counter[tuple[str, str, str]] = Counter()
-    sizes: Counter[tuple[str, str, str]] = Counter()
+def _sums(
+    weights: Weights, key: Callable[[Weight], _Key]
+) -> list[tuple[_Key, tuple[int, int]]]:
+    """Number and bytes of the weights with each key."""
+    counts: Counter[_Key] = Counter()
+    sizes: Counter[_Key] = Counter()
     for weight in weights:
-        key = weight.dtype.name.lower(), _place(weight), _stored(weight)
-        counts[key] += 1
-        sizes[key] += weight.nbytes
-    return [WeightGroup(*key, counts[key], size) for key, size in sizes.most_common()]
+        counts[found := key(weight)] += 1
+        sizes[found] += weight.nbytes
+    return [(found, (counts[found], size)) for found, size in sizes.most_common()]
+
+
+def _kind(weight: Weight) -> tuple[str, str, str]:
+    return weight.dtype.name.lower(), _place(weight), _stored(weight)
+
+
+def _readers(weight: Weight) -> tuple[str, str]:
+    if weight.value is not None:
+        names = sorted({_operator(node) for node in weight.consumers})
+    else:
+        names = [_operator(weight.node) if weight.node else "default of a function"]
+    if weight.is_output:
+        names.append("graph output")
+    return ", ".join(names) or "nothing", weight.dtype.name.lower()
 
 
 def _place(weight: Weight) -> str:

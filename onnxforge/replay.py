@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,11 @@ from onnxforge.weights import Weights, for_each
 if TYPE_CHECKING:
     import onnx
 
+    from onnxforge.core import Pass
+
 __all__ = ["Verification", "verify"]
+
+_MOST = 100  # passes that are run because a model says so
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,9 @@ def verify(
         with about(Path(child)):
             pipeline = _recorded(expected, found)
     announce(pipeline)
+    with about(Path(child if passes is None else parent)):
+        steps = _steps(pipeline, recorded=passes is None)
     with about(Path(parent)):
-        steps = parse(pipeline, third_party=passes is not None) if pipeline else ()
         PassManager(steps, verify=False).apply(expected)
     remarks = _remarks(found, Path(child))
     if passes is not None:  # then what the child says of itself is not what is asked
@@ -92,14 +98,12 @@ def verify(
             model.metadata_props.pop(PIPELINE_KEY, None)
     for model in (expected, found):
         model.metadata_props.pop(VERSION_KEY, None)
-    differences = []
-    if graph := difference(_comparable(expected), _comparable(found)):
-        differences.append(graph)
-    ours, theirs = _tensors(expected), _tensors(found)
+    (wanted, ours), (seen, theirs) = _parted(expected), _parted(found)
+    differences = [graph] if (graph := difference(wanted, seen)) else []
     both = sorted(ours.keys() & theirs.keys())
-    unequal = for_each(lambda where: _unequal(ours[where], theirs[where]), both)
-    differences += [f"{w}: {text}" for w, text in zip(both, unequal, strict=True) if text]
-    size = sum(theirs[where].nbytes for where in both)
+    unequal = for_each(lambda key: _unequal(ours[key], theirs[key]), both)
+    differences += [f"{w}: {text}" for (w, _), text in zip(both, unequal, strict=True) if text]
+    size = sum(theirs[key].nbytes for key in both)
     return Verification(pipeline, tuple(differences), remarks, len(both), size)
 
 
@@ -116,6 +120,14 @@ def _recorded(parent: ir.Model, child: ir.Model) -> str:
     return text
 
 
+def _steps(pipeline: str, *, recorded: bool) -> tuple[Pass, ...]:
+    """The passes of a text, which anybody may have written if it is recorded in a model."""
+    steps = parse(pipeline, third_party=not recorded) if pipeline else ()
+    if recorded and len(steps) > _MOST:
+        raise Refused(f"{len(steps)} passes are recorded, more than {_MOST}: give --passes")
+    return steps
+
+
 def _remarks(child: ir.Model, path: Path) -> tuple[str, ...]:
     remarks = [
         f"{file.path.name}: {file.orphaned} bytes belong to no weight"
@@ -129,20 +141,26 @@ def _remarks(child: ir.Model, path: Path) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _comparable(model: ir.Model) -> onnx.ModelProto:
-    """The graph; of weights only names, types and shapes."""
+def _parted(
+    model: ir.Model,
+) -> tuple[onnx.ModelProto, dict[tuple[str, int], ir.TensorProtocol]]:
+    """The graph, which of weights has only names, types and shapes; and all these weights.
+
+    They are known by path, and by number among those of one path, as names of nodes need not
+    be unique. Text is part of the graph.
+    """
     everything = {id(t) for t in tensors(model) if t.dtype != ir.DataType.STRING}
     content = skeleton(model, also=everything)
-    for stub in content.stubs:
+    paths = {id(weight.tensor): weight.where for weight in Weights(model)}
+    taken: dict[tuple[str, int], ir.TensorProtocol] = {}
+    count: Counter[str] = Counter()
+    for stub, tensor in zip(content.stubs, content.tensors, strict=True):
         stub.ClearField("external_data")
         stub.ClearField("data_location")
-    return content.proto
-
-
-def _tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
-    """All weights by their paths, but text, which is part of the graph."""
-    weights = (weight for weight in Weights(model) if weight.dtype != ir.DataType.STRING)
-    return {weight.where: weight.tensor for weight in weights}
+        path = paths.get(id(tensor), stub.name)
+        taken[path, count[path]] = tensor
+        count[path] += 1
+    return content.proto, taken
 
 
 def _unequal(expected: ir.TensorProtocol, found: ir.TensorProtocol) -> str | None:

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.core import Fate, Finding
-from onnxforge.text import printable
+from onnxforge.text import aligned, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -167,6 +167,14 @@ def inspection_as_text(found: Inspection) -> str:
             ],
         ),
         "",
+        *_table(
+            ["weights read by", "type", "count", "bytes"],
+            [
+                [group.readers, group.dtype, str(group.count), f"{group.nbytes:,}"]
+                for group in found.readers
+            ],
+        ),
+        "",
         *_table(["operator", "count"], [[op, str(count)] for op, count in found.ops.items()]),
     ]
     return "\n".join(map(printable, lines))
@@ -238,14 +246,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as they need, numbers to the right."""
     if not rows:
         return [f"{header[0] or header[1]}: none"]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     numeric = [
         all(row[i].replace(",", "").isdigit() for row in rows) for i in range(len(header))
     ]
-    return [
-        "  ".join(
-            word.rjust(width) if right else word.ljust(width)
-            for word, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in itertools.chain([header], rows)
-    ]
+    return aligned([header, *rows], numeric)

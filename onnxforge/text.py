@@ -1,8 +1,13 @@
-"""Text from models, which is anybody's, on a terminal."""
+"""Text on a terminal: what comes from models is anybody's; tables."""
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["aligned", "printable"]
 
 
 def printable(text: str) -> str:
@@ -10,3 +15,15 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def aligned(
+    rows: Sequence[Sequence[str]], right: Sequence[bool], between: str = "  "
+) -> list[str]:
+    """Rows whose columns are as wide as they need, some of them to the right."""
+    columns = [
+        [text.rjust(width) if is_right else text.ljust(width) for text in column]
+        for column, is_right in zip(zip(*rows, strict=True), right, strict=True)
+        for width in [max(map(len, column))]
+    ]
+    return [between.join(row).rstrip() for row in zip(*columns, strict=True)]

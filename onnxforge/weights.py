@@ -120,15 +120,24 @@ class Weight:
     @property
     def readers(self) -> Iterator[ir.Node]:
         """The nodes that read it, directly or through what a constant stays one behind."""
-        nodes = [use.node for use in self.uses]
-        seen: set[ir.Node] = set()
-        for node in nodes:
-            if node in seen:
+        return (node for node, _ in self._reads())
+
+    @property
+    def consumers(self) -> Iterator[ir.Node]:
+        """Those of its readers behind which it is no constant any more."""
+        return (node for node, further in self._reads() if not further)
+
+    def _reads(self) -> Iterator[tuple[ir.Node, bool]]:
+        """Its readers, each with whether there are more behind it."""
+        reads = [(use.node, use.index) for use in self.uses]
+        seen: set[tuple[ir.Node, int]] = set()
+        for node, index in reads:
+            if (node, index) in seen:
                 continue
-            seen.add(node)
-            yield node
-            if not node.domain and node.op_type in _PASSES_CONSTANTS:
-                nodes += [use.node for output in node.outputs for use in output.uses()]
+            seen.add((node, index))
+            further = _behind(node, index)
+            yield node, bool(further)
+            reads += further
 
     def store(self, tensor: ir.TensorProtocol) -> None:
         """Put another tensor in its place; the value gets its type."""
@@ -233,6 +242,15 @@ class Weights:
         found = next(c for c in candidates if c not in self._names)
         self._names.add(found)
         return found
+
+
+def _behind(node: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
+    """Who reads a constant that goes into a node, if it is still one when it comes out."""
+    if node.domain or node.op_type not in _PASSES_CONSTANTS:
+        return []
+    if index and node.op_type != "DequantizeLinear":  # there a scale goes into the values
+        return []
+    return [(use.node, use.idx) for output in node.outputs for use in output.uses()]
 
 
 def _strings(attribute: ir.Attr) -> ir.TensorProtocol:

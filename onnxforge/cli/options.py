@@ -8,7 +8,7 @@ import click
 
 from onnxforge.errors import OnnxforgeError
 
-__all__ = ["FORMAT", "PATH", "write_text"]
+__all__ = ["FORMAT", "PATH", "writable", "write_text"]
 
 PATH = click.Path(path_type=Path, readable=False)  # we say ourselves what is wrong with it
 FORMAT = click.option(
@@ -21,9 +21,20 @@ FORMAT = click.option(
 )
 
 
+def writable(
+    context: click.Context, option: click.Parameter, path: Path | None
+) -> Path | None:
+    """Refuse a file that cannot be written before the work is done, not after."""
+    if path is not None and path.is_dir():
+        raise OnnxforgeError(f"{path}: is a folder")
+    if path is not None and not path.parent.is_dir():
+        raise OnnxforgeError(f"{path.parent}: no such folder")
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole, or leave what is there."""
-    new = path.with_name(f".{path.name}.tmp")
+    new = path.parent / f".{path.name}.tmp"
     try:
         new.write_text(text, encoding="utf-8")
         new.replace(path)

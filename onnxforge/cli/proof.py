@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from onnxforge.cli.options import FORMAT, PATH, write_text
+from onnxforge.cli.options import FORMAT, PATH, writable, write_text
 from onnxforge.errors import CheckFailed, SpecError
 from onnxforge.text import printable
 
@@ -57,6 +57,7 @@ def _gate_options(command: Any) -> Any:
 @click.option("--localize", is_flag=True, help="Find the values where error enters.")
 @click.option("--provider", multiple=True, help="Execution provider, preferred first.")
 @click.option("--threads", type=int, default=1, show_default=True, help="0: all there are.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="For loading and each run.")
 @click.option(
     "--text", "texts", nargs=2, type=PATH, help="Also, or only: two .jsonl of texts."
 )
@@ -69,7 +70,9 @@ def _gate_options(command: Any) -> Any:
     show_default=True,
     help="Of what is printed, or written to --output.",
 )
-@click.option("--output", type=PATH, help="Write there instead of to stdout.")
+@click.option(
+    "--output", type=PATH, callback=writable, help="Write there instead of to stdout."
+)
 def compare(
     *,
     reference: Path | None,
@@ -87,6 +90,7 @@ def compare(
     localize: bool,
     provider: tuple[str, ...],
     threads: int,
+    timeout: float | None,
     texts: tuple[Path, Path] | None,
     max_abs: tuple[str, ...],
     min_sqnr: tuple[str, ...],
@@ -112,24 +116,26 @@ def compare(
         _show(Document(None, text=told), style, output)
         return
     sizes = dict(_pair("--size", text) for text in size)
-    given = (max_abs, min_sqnr, min_cosine, max_argmax_rate)
     options = Options(
-        Setup(provider or Setup.providers, threads),
+        Setup(provider or Setup.providers, threads, timeout=timeout),
         argmax=dict(_pair("--argmax", text, default=-1) for text in argmax),
         top=top,
-        gates=_gates(given),
+        gates=_gates((max_abs, min_sqnr, min_cosine, max_argmax_rate)),
         localize=localize,
     )
     samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
     found = compared(reference, candidate, samples, options)
     _show(Document(found, (inspect(reference), inspect(candidate)), told), style, output)
     if not found.passed:
-        raise CheckFailed(f"{candidate}: {_broken(found)}", ())
+        raise CheckFailed(_broken(found), ())
 
 
 def _broken(found: Evidence) -> str:
+    for side in (found.reference, found.candidate):
+        if side.failure:
+            return f"{side.path}: did not run to the end: {side.failure}"
     failed = [f"{g.gate} for {g.output}: {g.reason}" for g in found.gates if not g.passed]
-    return "; ".join(failed) or "a side did not run to the end"
+    return f"{found.candidate.path}: {'; '.join(failed)}"
 
 
 def _gates(given: Sequence[Sequence[str]]) -> list[Gate]:
@@ -202,5 +208,6 @@ def verify(parent: Path, child: Path, passes: str | None, style: str) -> None:
             lines.append(f"derived: {found.weights} weights, {found.nbytes:,} bytes compared")
         click.echo("\n".join(map(printable, lines)))
     if not found.derived:
-        count = len(found.differences)
-        raise CheckFailed(f"{child}: is not what {parent} becomes, {count} differences", ())
+        hint = "" if found.pipeline else "; it does not say how it was made, --passes would"
+        count = f"differences: {len(found.differences)}{hint}"
+        raise CheckFailed(f"{child}: is not what {parent} becomes, {count}", ())

@@ -9,7 +9,6 @@ import json
 import math
 import shlex
 import time
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,13 +210,9 @@ def _groups(jobs: Sequence[Job], *, share: bool, named: bool) -> list[list[Job]]
 def _inputs(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    import numpy as np
+    from onnxforge.numerics.samples import read_archive
 
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file):
-            return dict(np.load(path))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise OnnxforgeError(f"{path}: no .npz of inputs ({error})") from None
+    return read_archive(path)
 
 
 def _workers(workers: int | None, max_memory: str | None) -> int | None:

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxforge.compare.samples import Sample
-from onnxforge.errors import DataError
+from onnxforge.errors import DataError, about
 from onnxforge.model_io import load
-from onnxforge.runtime.session import Session, read_all, write_all
+from onnxforge.runtime.session import Session, Setup, read_all, write_all
 
 __all__ = ["from_audio"]
 
@@ -25,6 +25,7 @@ def from_audio(
     preprocessor: Path | None = None,
     seconds: float | None = None,
     rate: int = 16000,
+    timeout: float | None = None,
 ) -> Iterator[Sample]:
     """Samples from sound, mixed down to one channel.
 
@@ -38,6 +39,7 @@ def from_audio(
             inputs; without it the model takes these itself.
         seconds: Length of windows, the last one filled up with silence; None for whole files.
         rate: Samples per second of what is fed.
+        timeout: Seconds that the preprocessor may take, see `Setup`.
 
     Raises:
         DataError: A file cannot be read, or it is not clear what goes where.
@@ -53,10 +55,14 @@ def from_audio(
     first = load(preprocessor, editable=False)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxforge-")))
-        session = stack.enter_context(Session(preprocessor, folder))
+        with about(preprocessor):
+            session = stack.enter_context(
+                Session(preprocessor, folder, Setup(timeout=timeout))
+            )
         for name, wave, length in windows:
             feeds = _waveform(first, wave, length, str(preprocessor))
-            made = session.run(write_all(folder, "in", feeds))
+            with about(preprocessor):
+                made = session.run(write_all(folder, "in", feeds))
             yield Sample(name, _assigned(read_all(made), model, name))
 
 
@@ -73,6 +79,8 @@ def _windows(
         content, given = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, soundfile.SoundFileError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
+    if not content.size:
+        raise DataError(f"{path}: holds no sound")
     wave = soxr.resample(content.mean(1), given, rate)
     size = len(wave) if seconds is None else round(seconds * rate)
     for start in range(0, len(wave), max(1, size)):

@@ -88,6 +88,12 @@ def remarks(document: Document) -> list[tuple[str, Foreign]]:
     said = [("note", Foreign(note)) for note in found.notes]
     for name, side in (("reference", found.reference), ("candidate", found.candidate)):
         said += [(f"failure of the {name}", Foreign(side.failure))] if side.failure else []
+    for output in found.outputs:
+        problems = [(each.problem, each.sample) for each in output.samples if each.problem]
+        if problems:
+            more = f", {len(problems)} samples in all" if len(problems) > 1 else ""
+            what = f"{output.name}: {problems[0][0]} ({problems[0][1]}{more})"
+            said.append(("not compared", Foreign(what)))
     for label, names in lists:
         said += [(f"{label} ({len(names)})", Foreign(", ".join(names)))] if names else []
     for failure in layers.failures if layers else ():
@@ -97,7 +103,7 @@ def remarks(document: Document) -> list[tuple[str, Foreign]]:
 
 def names(found: Evidence) -> list[str]:
     """Paths of both models without the folders above both, which are nobody's business."""
-    parts = [Path(side.path).parts for side in (found.reference, found.candidate)]
+    parts = [Path(side.path).absolute().parts for side in (found.reference, found.candidate)]
     above = zip(parts[0][:-1], parts[1][:-1], strict=False)
     shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], above)))
     return [str(Path(*each[shared:])) for each in parts]

@@ -39,6 +39,7 @@ Progress = Callable[[str, int], None]
 values of it are."""
 
 _Feeds = Mapping[str, ArrayFile]
+_MOST = 100  # choices compared as a set
 _RANDOM = {
     "Bernoulli",
     "Multinomial",
@@ -69,6 +70,15 @@ class Options:
     gates: Sequence[Gate] = ()
     localize: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse sets that take too much memory to compare.
+
+        Raises:
+            SpecError: ``top`` is out of range.
+        """
+        if not 1 <= self.top <= _MOST:
+            raise SpecError(f"top: wanted 1 to {_MOST} choices, not {self.top}")
+
 
 def compare(
     reference: str | os.PathLike[str],
@@ -81,7 +91,7 @@ def compare(
 
     The reference runs first and its outputs wait on disk; then the candidate runs and each
     sample is compared at once. Only one model is open at any time, and neither in this
-    process. A model that does not load, raises or crashes is a result, not an error.
+    process. A model that does not load, raises, crashes or hangs is a result, not an error.
 
     Args:
         reference: The right model.
@@ -100,8 +110,9 @@ def compare(
     wanted = options or Options()
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
         work = _Work(Path(folder), sides, wanted, progress or (lambda stage, done: None))
-        drawn = samples(sides[0].model, data) if isinstance(data, Data) else data
-        return work.run(drawn)
+        if isinstance(data, Data):
+            data = samples(sides[0].model, data, timeout=wanted.reference.timeout)
+        return work.run(data)
 
 
 class _Input:
@@ -183,7 +194,7 @@ class _Work:
             not_compared=_without(self._common, measured) if ran else (),
             gates=evaluate(options.gates, outputs, sorted(measured) or self._common),
             localization=localization,
-            notes=tuple(self._notes()),
+            notes=(*self._notes(), *first.notes(), *second.notes()),
         )
 
     def _localize(self, sample: _Staged, setups: tuple[Setup, Setup]) -> Localization:
@@ -249,8 +260,9 @@ class _Work:
         feeds = ((sample.name, sample.candidate) for sample in staged)
         with contextlib.closing(runner.outputs(feeds)) as outputs:
             for sample, reference, candidate in zip(staged, expected, outputs, strict=False):
-                for meter in (m for m in meters if m.name in reference.keys() & candidate):
-                    meter.add(sample.name, reference[meter.name], candidate[meter.name])
+                for meter in meters:
+                    name = meter.name
+                    meter.add(sample.name, reference.get(name), candidate.get(name))
                 for file in (*reference.values(), *candidate.values()):
                     file.path.unlink()
                 ran += 1
@@ -287,6 +299,12 @@ class _Runner:
                     self.failure = f"{name}: {error}"
                     return
                 yield found
+
+    def notes(self) -> Iterator[str]:
+        """Which providers were asked for in vain: the runtime itself falls back in silence."""
+        used = self._session.providers
+        if used and (missing := [n for n in self._setup.providers if n not in used]):
+            yield f"{self._path} ran on {', '.join(used)}, not on {', '.join(missing)}"
 
     def side(self, casts: tuple[str, ...] = ()) -> Side:
         """How it went."""

@@ -38,7 +38,8 @@ class Side:
         run_seconds: How long each sample took.
         peak_memory: Most bytes its process had resident.
         casts: Inputs that were fed in another type than the reference takes, as text.
-        failure: What the runtime said when it failed, or the signal it died of; else empty.
+        failure: What the runtime said when it failed, the signal it died of, or the time
+            limit it was killed at; else empty.
     """
 
     path: str
@@ -60,7 +61,8 @@ class SampleEvidence:
     Attributes:
         sample: Name of the sample.
         shape: Shape of the reference.
-        comparison: How far the candidate is from it; None where the shapes differ.
+        comparison: How far the candidate is from it; None where the shapes differ, or one side
+            has no real numbers.
         ranking: How far the choices agree, where that was asked.
         problem: Why there is no comparison.
     """
@@ -95,7 +97,8 @@ class OutputEvidence:
 
     Attributes:
         name: The output.
-        types: Its types in the reference and the candidate; values are compared as float64.
+        types: Its types in the reference and the candidate, ``NONE`` for what is no tensor;
+            values are compared as float64.
         overall: All samples taken together.
         ranking: How far the choices agree, where that was asked.
         worst: The element with the largest error, None where all are equal.

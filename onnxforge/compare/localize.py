@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxforge.compare.evidence import LayerEvidence, Localization
-from onnxforge.compare.outputs import distance
+from onnxforge.compare.outputs import distance, is_real
 from onnxforge.compare.pieces import Pieces
 from onnxforge.errors import RuntimeFailed
 from onnxforge.runtime.session import ArrayFile, Session, Setup
@@ -178,7 +177,7 @@ class _Walk:
         left = self._reference.run({n: n for n in group}, self._reference.values)
         right = self._candidate.run({n: n for n in twins}, self._candidate.values)
         made = [
-            n for n in group if _is_real(left.get(n)) and _is_real(right.get(self._pairs[n]))
+            n for n in group if is_real(left.get(n)) and is_real(right.get(self._pairs[n]))
         ]
         self._reference.values |= {n: left[n] for n in made}
         self._candidate.values |= {self._pairs[n]: right[self._pairs[n]] for n in made}
@@ -224,7 +223,3 @@ class _Walk:
         kept |= {name for name, twin in self._pairs.items() if twin in twins}
         left.forget(kept)
         right.forget(twins | {self._pairs[name] for name in kept if name in self._pairs})
-
-
-def _is_real(file: ArrayFile | None) -> bool:
-    return file is not None and np.can_cast(file.dtype.numpy(), np.float64)

@@ -12,7 +12,7 @@ from onnxforge.numerics.metrics import Accumulator, Comparison
 from onnxforge.numerics.ranking import Ranker
 from onnxforge.runtime.session import ArrayFile
 
-__all__ = ["OutputMeter", "distance"]
+__all__ = ["OutputMeter", "distance", "is_real"]
 
 _BLOCK = 1 << 20  # elements that are mapped at a time
 _EXACT = 1 << 16  # errors kept for percentiles, for each output
@@ -47,20 +47,29 @@ class OutputMeter:
         self._largest = 0.0
         self._samples: list[SampleEvidence] = []
 
-    def add(self, sample: str, expected: ArrayFile, found: ArrayFile) -> None:
-        """Compare the values in one sample, if they are real numbers.
+    def add(self, sample: str, expected: ArrayFile | None, found: ArrayFile | None) -> None:
+        """Compare the values in one sample, if they are real numbers on a side.
+
+        Args:
+            sample: Name of the sample.
+            expected: Value in the reference, None if it is no tensor of numbers.
+            found: Value in the candidate, likewise.
 
         Raises:
             SpecError: The output has no such axis.
         """
-        types = expected.dtype, found.dtype
-        if not all(np.can_cast(dtype.numpy(), np.float64) for dtype in types):
+        left, right = is_real(expected), is_real(found)
+        if not left and not right:
             return
-        self._types = str(types[0]), str(types[1])
-        shape, other = expected.open().shape, found.open().shape
-        if shape != other:
-            problem = f"shapes differ: reference {shape}, candidate {other}"
-            self._samples.append(SampleEvidence(sample, shape, None, None, problem))
+        self._types = _type(expected), _type(found)
+        shapes = tuple(() if f is None else f.open().shape for f in (expected, found))
+        problem = ""
+        if not left or not right:
+            problem = f"no real numbers in the {'candidate' if left else 'reference'}"
+        elif shapes[0] != shapes[1]:
+            problem = f"shapes differ: reference {shapes[0]}, candidate {shapes[1]}"
+        if problem or expected is None or found is None:
+            self._samples.append(SampleEvidence(sample, shapes[0], None, None, problem))
             return
         accumulator = distance(expected, found)
         comparison = accumulator.result()
@@ -68,7 +77,7 @@ class OutputMeter:
         self._note_worst(sample, comparison, expected, found)
         ranker = self._rank(expected, found)
         ranking = None if ranker is None else ranker.result()
-        self._samples.append(SampleEvidence(sample, shape, comparison, ranking))
+        self._samples.append(SampleEvidence(sample, shapes[0], comparison, ranking))
 
     def _note_worst(
         self, sample: str, comparison: Comparison, expected: ArrayFile, found: ArrayFile
@@ -110,6 +119,15 @@ class OutputMeter:
             worst=self._worst,
             samples=tuple(self._samples),
         )
+
+
+def is_real(file: ArrayFile | None) -> bool:
+    """Whether there is a tensor of real numbers."""
+    return file is not None and np.can_cast(file.dtype.numpy(), np.float64)
+
+
+def _type(file: ArrayFile | None) -> str:
+    return "NONE" if file is None else str(file.dtype)
 
 
 def _blocks(

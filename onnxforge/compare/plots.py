@@ -113,18 +113,20 @@ def layer_plot(found: Localization) -> str:
 
 
 def range_plot(found: Localization) -> str:
-    """The largest value at each node, against what float16 holds."""
-    values = [(layer.index, layer.reached.max_reference) for layer in found.layers]
-    points = [point for point in values if _LEAST < point[1] < _MOST]
+    """Least and largest value of the reference at each node, against what float16 holds."""
+    ranges = [(layer.index, layer.reached.range_reference) for layer in found.layers]
+    some = [(i, ends) for i, ends in ranges if ends and max(map(abs, ends)) < _MOST]
 
     def draw(axes: Axes) -> None:
-        _points(axes, points, "o", _SERIES[0], "largest value")
-        axes.axhline(_HALF_MAX, color=_SERIES[1], linestyle="--", label="float16 ends")
-        axes.set_yscale("log")
+        for end, name, marker in ((1, "largest", "o"), (0, "least", "D")):
+            _points(axes, [(i, ends[end]) for i, ends in some], marker, _SERIES[end], name)
+        axes.axhline(_HALF_MAX, color=_SERIES[2], linestyle="--", label="float16 ends")
+        axes.axhline(-_HALF_MAX, color=_SERIES[2], linestyle="--")
+        axes.set_yscale("symlog", linthresh=1)
         axes.set_xlabel("node of the reference")
-        axes.set_ylabel("absolute value")
+        axes.set_ylabel("value")
 
-    return _svg(draw, 10 if points else 0, "Largest value at each node")
+    return _svg(draw, 14 if some else 0, "Least and largest value at each node")
 
 
 def byte_plot(models: tuple[Inspection, Inspection]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from onnxforge.compare.document import Document, Foreign, remarks, verdict
 from onnxforge.compare.tables import Table, tables
-from onnxforge.text import printable
+from onnxforge.text import aligned, printable
 
 __all__ = ["as_markdown", "as_text"]
 
@@ -41,12 +41,7 @@ def as_markdown(document: Document) -> str:
 def _aligned(table: Table, cell: Callable[[str], str], between: str) -> list[str]:
     """Header and rows with columns as wide as they need, numbers to the right."""
     rows = [[cell(text) for text in row] for row in (table.header, *table.rows)]
-    columns = [
-        [text.rjust(width) if right else text.ljust(width) for text in column]
-        for column, right in zip(zip(*rows, strict=True), table.numeric, strict=True)
-        for width in [max(map(len, column))]
-    ]
-    return [between.join(row).rstrip() for row in zip(*columns, strict=True)]
+    return aligned(rows, table.numeric, between)
 
 
 def _cell(text: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxforge.errors import DataError
+from onnxforge.numerics.samples import read_archive, read_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,9 +61,31 @@ class Data:
     sizes: Mapping[str, int] = field(default_factory=dict)
     cache: Cache | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no samples.
 
-def samples(model: ir.Model, data: Data) -> Iterator[Sample]:
+        Raises:
+            DataError: A number is too small.
+        """
+        if self.seconds is not None and not 1 <= self.seconds * self.rate < math.inf:
+            raise DataError(f"windows of {self.seconds} s: wanted at least one value in each")
+        for name, number, least in (
+            ("rate", self.rate, 1),
+            ("number of samples", self.count, 0),
+            ("seed", self.seed, 0),
+            *((f"size of {name!r}", size, 0) for name, size in self.sizes.items()),
+        ):
+            if number < least:
+                raise DataError(f"{name}: wanted at least {least}, not {number}")
+
+
+def samples(model: ir.Model, data: Data, *, timeout: float | None = None) -> Iterator[Sample]:
     """All samples of ``data``, made for a model.
+
+    Args:
+        model: The model that is to be fed.
+        data: Where they come from.
+        timeout: Seconds that the preprocessor may take, see `Setup`.
 
     Raises:
         DataError: A sample cannot be read or made.
@@ -72,6 +95,8 @@ def samples(model: ir.Model, data: Data) -> Iterator[Sample]:
 
     files = list(_files(data.paths, model))
     sounds = [path for path in files if path.suffix.lower() in _SOUNDS]
+    if data.preprocessor is not None and not sounds:
+        raise DataError(f"{data.preprocessor}: there is no sound for the preprocessor")
     yield from from_paths([path for path in files if path not in sounds], model)
     yield from from_audio(
         sounds,
@@ -79,6 +104,7 @@ def samples(model: ir.Model, data: Data) -> Iterator[Sample]:
         preprocessor=data.preprocessor,
         seconds=data.seconds,
         rate=data.rate,
+        timeout=timeout,
     )
     yield from drawn(model, data.count, seed=data.seed, sizes=data.sizes, cache=data.cache)
 
@@ -96,14 +122,14 @@ def from_paths(paths: Iterable[Path], model: ir.Model) -> Iterator[Sample]:
     """
     for path in paths:
         if path.is_dir():
-            feeds = {file.stem: _loaded(file) for file in sorted(path.glob("*.npy"))}
-        elif path.suffix == ".npz":
-            feeds = _loaded(path)
+            feeds = {file.stem: read_array(file) for file in sorted(path.glob("*.npy"))}
+        elif path.suffix.lower() == ".npz":
+            feeds = read_archive(path)
         else:
             names = [value.name or "" for value in model.graph.inputs if _is_needed(value)]
             if len(names) != 1:
                 raise DataError(f"{path}: one array, but the model takes {', '.join(names)}")
-            feeds = {names[0]: _loaded(path)}
+            feeds = {names[0]: read_array(path)}
         yield Sample(str(path), feeds)
 
 
@@ -168,12 +194,3 @@ def _files(paths: Iterable[Path], model: ir.Model) -> Iterator[Path]:
         if not inside:
             raise DataError(f"{path}: holds no samples")
         yield from _files(inside, model)
-
-
-def _loaded(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file)
-            return dict(loaded) if path.suffix == ".npz" else loaded
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from onnxforge.numerics.decode import ClipDecode, DecodeEvidence, Loop
 from onnxforge.numerics.metrics import Comparison
 from onnxforge.numerics.ranking import Ranking
 from onnxforge.numerics.streaming import HISTOGRAM_ERROR
-from onnxforge.numerics.text import TextErrors, TextEvidence
+from onnxforge.numerics.text import ClipText, TextErrors, TextEvidence
 
 __all__ = ["Table", "tables"]
 
@@ -22,6 +23,8 @@ _Models = tuple[Inspection, Inspection]
 _Row = tuple[str, ...]
 _DISTANCES = "max", "mean", "p99", "p99.9", "relative"
 _COVERAGE = "count", "bytes", "share"
+_READ = "bytes", "types"
+_RANGE = "least", "largest"
 _NUMBER = re.compile(r"-?[\d,./]+(e[-+]\d+)?( %)?|-|-?inf|nan|undefined")
 
 
@@ -77,6 +80,7 @@ def _tables(document: Document, *, samples: bool) -> Iterator[Table]:
         yield _decoding(document.decode)
     if document.models:
         yield _weights(document.models)
+        yield _readers(document.models)
         yield _operators(document.models)
     if found:
         yield _sides(found, document.models)
@@ -96,8 +100,7 @@ def _errors(document: Document) -> Table:
         (
             Foreign(output.name),
             *_distances(output.overall),
-            _number(output.sqnr_min),
-            f"{output.cosine_min:.9g}",
+            *_likeness(output),
             *_argmax(output.overall, output.ranking),
         )
         for output in document.outputs
@@ -115,7 +118,15 @@ def _errors(document: Document) -> Table:
     return Table("Error per output", header, rows, note)
 
 
+def _likeness(output: OutputEvidence) -> _Row:
+    if not output.overall.count:
+        return "-", "-"
+    return _number(output.sqnr_min), f"{output.cosine_min:.9g}"
+
+
 def _distances(found: Comparison) -> _Row:
+    if not found.count:
+        return ("-",) * len(_DISTANCES)
     numbers = found.max_abs, found.mean_abs, found.p99_abs, found.p999_abs, found.max_relative
     return tuple(map(_number, numbers))
 
@@ -203,22 +214,28 @@ def _layers(found: Localization) -> Table:
             _number(layer.reached.sqnr_db),
             _number(layer.entered.max_abs),
             _number(layer.reached.max_abs),
-            _number(layer.reached.max_reference),
+            *(_number(end, 4) for end in layer.reached.range_reference or (None, None)),
         )
         for layer in found.layers
     ]
-    errors = "entered, dB", "reached, dB", "entered, max", "reached, max", "largest value"
-    note = "Entered is what the node adds; reached is what has piled up there."
-    return Table("Error per layer", ("node", "operator", "value", *errors), rows, note)
+    errors = "entered, dB", "reached, dB", "entered, max", "reached, max"
+    note = (
+        f"{found.walked} values compared, {len(found.only_reference)} are in the reference "
+        f"alone, {len(found.only_candidate)} in the candidate alone. "
+        "Entered is what the node adds; reached is what has piled up there. "
+        "Least and largest are of the reference's values."
+    )
+    header = ("node", "operator", "value", *errors, *_RANGE)
+    return Table("Error per layer", header, rows, note)
 
 
 def _ranges(outputs: Iterable[OutputEvidence]) -> Table:
-    header = "output", "types", "largest value", "NaN", "infinite", "disagreements"
+    header = "output", "types", *_RANGE, "NaN", "infinite", "disagreements"
     rows = [
         (
             Foreign(output.name),
             " -> ".join(dict.fromkeys(output.types)).lower(),
-            _number(c.max_reference),
+            *_range(c),
             f"{c.nan_reference} -> {c.nan_candidate}",
             f"{c.inf_reference} -> {c.inf_candidate}",
             str(c.nonfinite_mismatches),
@@ -226,7 +243,17 @@ def _ranges(outputs: Iterable[OutputEvidence]) -> Table:
         for output in outputs
         for c in [output.overall]
     ]
-    return Table("Ranges", header, rows, "From the reference to the candidate.")
+    note = "From the reference to the candidate; least and largest of what is finite."
+    return Table("Ranges", header, rows, note)
+
+
+def _range(found: Comparison) -> _Row:
+    """Least and largest value, each from the reference to the candidate."""
+    sides = found.range_reference, found.range_candidate
+    return tuple(
+        " -> ".join("-" if side is None else _number(side[end], 4) for side in sides)
+        for end in (0, 1)
+    )
 
 
 def _clips(found: TextEvidence) -> Table:
@@ -235,12 +262,18 @@ def _clips(found: TextEvidence) -> Table:
 
     rows: list[_Row] = [
         (Foreign(name), _yes(clip.byte_exact), *rates(clip.strict), *rates(clip.normalized))
-        for name, clip in found.clips.items()
+        for name, clip in sorted(found.clips.items(), key=lambda item: _exactness(item[1]))
     ]
     exact = f"{found.byte_exact}/{len(rows)}"
     rows.insert(0, ("all", exact, *rates(found.strict), *rates(found.normalized)))
     header = "clip", "byte-exact", "WER", "CER", "WER normalized", "CER normalized"
-    return Table("Transcripts", header, rows)
+    return Table("Transcripts", header, rows, "The most wrong is first.")
+
+
+def _exactness(clip: ClipText) -> tuple[bool, float]:
+    """Sorts clips, the most wrong first; what has no rate is very wrong."""
+    rate = math.inf if clip.strict.cer is None else clip.strict.cer
+    return clip.byte_exact, -rate
 
 
 def _decoding(found: DecodeEvidence) -> Table:
@@ -251,7 +284,8 @@ def _decoding(found: DecodeEvidence) -> Table:
         loops = _loop(clip.reference_loop), _loop(clip.candidate_loop)
         return Foreign(name), str(len(clip.steps)), str(wrong), where, *lengths, *loops
 
-    rows = [row(name, clip) for name, clip in found.clips.items()]
+    clips = sorted(found.clips.items(), key=lambda item: item[1].divergence is None)
+    rows = [row(name, clip) for name, clip in clips]
     diverged = f"{found.diverged}/{len(rows)} prompts"
     rows.insert(0, ("all", str(found.steps), str(found.mismatches), diverged, *["-"] * 4))
     lengths = "tokens, reference", "tokens, candidate", "loop, reference", "loop, candidate"
@@ -277,6 +311,25 @@ def _weights(models: _Models) -> Table:
         rows.append(tuple(row))
     header = [f"{side}: {what}" for side in ("reference", "candidate") for what in _COVERAGE]
     return Table("Weights by type", ("type", *header), rows)
+
+
+def _readers(models: _Models) -> Table:
+    names = dict.fromkeys(group.readers for model in models for group in model.readers)
+    rows = [
+        (Foreign(name), *(cell for model in models for cell in _coverage(model, name)))
+        for name in names
+    ]
+    header = [f"{side}: {what}" for side in ("reference", "candidate") for what in _READ]
+    note = "Operators that compute with weights, behind Cast, Transpose and the like."
+    return Table("Weights by operator", ("read by", *header), rows, note)
+
+
+def _coverage(model: Inspection, readers: str) -> _Row:
+    """Bytes of the weights that some operators read, and how they share them among types."""
+    groups = [group for group in model.readers if group.readers == readers]
+    total = sum(group.nbytes for group in groups)
+    shares = (f"{g.dtype} {100 * g.nbytes / total:.1f} %" for g in groups if total)
+    return f"{total:,}", ", ".join(shares) or "-"
 
 
 def _operators(models: _Models) -> Table:

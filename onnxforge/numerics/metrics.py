@@ -23,6 +23,7 @@ _CHUNK: Final = 1 << 16
 _POSITIONS: Final = 16
 _Raw = npt.NDArray[Any]
 _Mask = npt.NDArray[np.bool_]
+_Range = tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Comparison:
         exact_percentiles: Whether the percentiles are exact; otherwise each is within
             2^-8 of itself (``onnxforge.numerics.streaming.HISTOGRAM_ERROR``).
         max_reference: Largest ``|reference|`` over finite pairs.
+        range_reference: Least and largest finite value of the reference, None if it has none.
+        range_candidate: The same of the candidate.
         sqnr_db: Signal to quantization noise ratio in dB,
             ``10 log10(sum(reference^2) / sum((reference - candidate)^2))`` over finite pairs
             (Oppenheim and Schafer, Discrete-Time Signal Processing, on quantization errors;
@@ -74,6 +77,8 @@ class Comparison:
     p999_abs: float
     exact_percentiles: bool
     max_reference: float
+    range_reference: tuple[float, float] | None
+    range_candidate: tuple[float, float] | None
     sqnr_db: float
     cosine: float
     nan_reference: int
@@ -120,7 +125,8 @@ class Accumulator:
 
     Differently cut streams give the same counts, maxima, positions and percentiles, and
     sums that agree to rounding: blocks are summed pairwise in float64, and their sums with
-    compensation. Squares of float64 values beyond 1e154 overflow and count as infinite.
+    compensation. Where squares of float64 values overflow, beyond 1e154, or vanish,
+    SQNR is -inf and cosine 0, unless all values are equal.
 
     Example:
         >>> import numpy as np
@@ -143,6 +149,7 @@ class Accumulator:
         self._max_abs = 0.0
         self._max_abs_at: int | None = None
         self._max_reference = 0.0
+        self._ranges: tuple[_Range, _Range] = (None, None)
         self._errors, self._squares = CompensatedSum(), CompensatedSum()
         self._references, self._candidates, self._products = (
             CompensatedSum(),
@@ -192,6 +199,7 @@ class Accumulator:
         self._mismatches += other._mismatches - len(other._mismatches_at)
         self._bit_equal &= other._bit_equal
         self._max_reference = max(self._max_reference, other._max_reference)
+        self._widen(*other._ranges)
         self._count += other._count
         self._finite += other._finite
         self._nonfinite = self._nonfinite + other._nonfinite
@@ -214,6 +222,8 @@ class Accumulator:
             p999_abs=min(self._percentiles.at(0.999), self._max_abs),
             exact_percentiles=self._percentiles.exact,
             max_reference=self._max_reference,
+            range_reference=self._ranges[0],
+            range_candidate=self._ranges[1],
             sqnr_db=-math.inf if broken else self._sqnr(),
             cosine=0.0 if broken else self._cosine(),
             nan_reference=nan_reference,
@@ -246,6 +256,7 @@ class Accumulator:
             self._percentiles.add(errors[~agreed])
         else:
             self._percentiles.add(errors)
+            self._widen(_range(left), _range(right))
         self._add_worst(errors)
         if not finite.all():
             left, right, errors = left[finite], right[finite], errors[finite]
@@ -254,6 +265,7 @@ class Accumulator:
 
     def _add_nonfinite(self, left: Floats, right: Floats, finite: _Mask) -> _Mask:
         """Count what is not finite, and say where both sides agree about it."""
+        self._widen(*(_range(side[np.isfinite(side)]) for side in (left, right)))
         nans = np.isnan(left), np.isnan(right)
         infs = np.isinf(left), np.isinf(right)
         self._nonfinite += np.array([np.count_nonzero(mask) for mask in (*nans, *infs)])
@@ -262,6 +274,9 @@ class Accumulator:
         self._note_mismatches((self._count + wrong[:_POSITIONS]).tolist())
         self._mismatches += max(0, wrong.size - _POSITIONS)
         return np.asarray(agreed)
+
+    def _widen(self, reference: _Range, candidate: _Range) -> None:
+        self._ranges = _union(self._ranges[0], reference), _union(self._ranges[1], candidate)
 
     def _note_mismatches(self, positions: list[int]) -> None:
         self._mismatches += len(positions)
@@ -285,19 +300,31 @@ class Accumulator:
 
     def _sqnr(self) -> float:
         signal, noise = self._references.value, self._squares.value
-        if noise == 0:
+        if not self._max_abs:
             return math.inf
-        if signal == 0 or math.isinf(noise):
-            return -math.inf
-        return 10 * (math.log10(signal) - math.log10(noise))
+        if signal == 0 or math.isinf(signal) or math.isinf(noise):
+            return -math.inf  # so too where squares overflow or vanish and nobody knows
+        return math.inf if noise == 0 else 10 * (math.log10(signal) - math.log10(noise))
 
     def _cosine(self) -> float:
         left, right = self._references.value, self._candidates.value
+        if not self._max_abs:
+            return 1.0
         if left == 0 or right == 0:
-            return 1.0 if left == right else 0.0
-        # In this form equal vectors give exactly 1, and no product of sums overflows.
+            return 0.0
+        # In this form no product of sums overflows.
         cosine = self._products.value / left * math.sqrt(left / right)
         return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else 0.0
+
+
+def _range(values: Floats) -> _Range:
+    return (float(values.min()), float(values.max())) if values.size else None
+
+
+def _union(first: _Range, second: _Range) -> _Range:
+    if first is None or second is None:
+        return first or second
+    return min(first[0], second[0]), max(first[1], second[1])
 
 
 def _real(values: npt.ArrayLike) -> _Raw:

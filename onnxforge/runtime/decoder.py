@@ -267,6 +267,8 @@ class _Graph:
         self._embed = None
         if self._entry != decoder.tokens and decoder.embed is not None:
             self._embed = _Model(decoder.embed, folder / "embed", decoder.setup)
+            if not len(self._embed.inputs) == len(self._embed.outputs) == 1:
+                raise OnnxforgeError(f"{decoder.embed}: wanted one input and one output")
         self._past = {n: found for n in self._inputs if (found := _sources(n, decoder.cache))}
         presents = [_regex(present) for present in decoder.cache.values()]
         self._kept = {n for n in self._outputs if any(p.fullmatch(n) for p in presents)}

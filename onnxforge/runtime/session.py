@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxforge.errors import RuntimeFailed
+from onnxforge.errors import OnnxforgeError, RuntimeFailed, SpecError
 
 __all__ = ["ArrayFile", "Level", "Session", "Setup", "read_all", "run", "write_all"]
 
@@ -40,12 +42,28 @@ class Setup:
         threads: Threads that work on one operator; 0 leaves it to the runtime.
         optimization: Which rewritings of the graph the runtime may do.
         python: The interpreter whose onnxruntime runs it, Python 3.11 or newer.
+        timeout: Seconds that loading, or one run, may take before the process is killed; None
+            for no limit.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int = 1
     optimization: Level = "all"
     python: str = sys.executable
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            SpecError: ``threads`` is negative, or ``timeout`` not positive, or endless.
+        """
+        if self.threads < 0:
+            raise SpecError(f"threads: wanted at least 0, not {self.threads}")
+        if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise SpecError(
+                f"timeout: wanted a positive number of seconds, not {self.timeout}"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,9 +80,17 @@ class ArrayFile:
 
     @classmethod
     def write(cls, path: Path, array: np.ndarray) -> ArrayFile:
-        """Write an array."""
+        """Write an array.
+
+        Raises:
+            OnnxforgeError: There is no room.
+        """
         dtype = ir.DataType.from_numpy(array.dtype)
-        np.save(path, array.view(f"u{array.itemsize}") if _is_foreign(dtype) else array)
+        try:
+            np.save(path, array.view(f"u{array.itemsize}") if _is_foreign(dtype) else array)
+        except OSError as error:
+            why = error.strerror or error
+            raise OnnxforgeError(f"{path}: {why}; TMPDIR may name another folder") from None
         return cls(path, dtype)
 
     def open(self) -> np.ndarray:
@@ -118,12 +144,13 @@ class Session:
         self.load_seconds: float | None = None
         self.run_seconds: list[float] = []
         self.peak_memory: int | None = None
+        self._too_late = False
 
     def __enter__(self) -> Session:
         """Load the model.
 
         Raises:
-            RuntimeFailed: onnxruntime raised or crashed; the message says which.
+            RuntimeFailed: onnxruntime raised, crashed or hung; the message says which.
         """
         setup = self._setup
         self._words = (self._folder / "stderr.txt").open("w+", encoding="utf-8")
@@ -161,7 +188,7 @@ class Session:
             Value of each output that is a tensor of numbers.
 
         Raises:
-            RuntimeFailed: onnxruntime raised or crashed.
+            RuntimeFailed: onnxruntime raised, crashed or hung.
         """
         prefix = self._folder / f"{len(self.run_seconds)}-"
         answer = self._ask(
@@ -187,12 +214,31 @@ class Session:
         self._words.close()
 
     def _ask(self, **order: Any) -> dict[str, Any]:
-        answer = self._answer(json.dumps(order))
+        with self._limited():
+            answer = self._answer(json.dumps(order))
         self.peak_memory = answer.get("peak", self.peak_memory)
         if "error" in answer:
             self.__exit__()
             raise RuntimeFailed(answer["error"])
         return answer
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Kill the process if the block takes longer than is allowed."""
+        if self._setup.timeout is None:
+            yield
+            return
+        timer = threading.Timer(self._setup.timeout, self._kill_late)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _kill_late(self) -> None:
+        self._too_late = True
+        self._child.kill()
 
     def _answer(self, order: str) -> dict[str, Any]:
         assert self._child.stdin is not None
@@ -207,6 +253,9 @@ class Session:
 
     def _epitaph(self) -> str:
         code = self._child.wait()
+        if self._too_late:
+            what = "load the model" if self.load_seconds is None else "end the run"
+            return f"onnxruntime did not {what} in {self._setup.timeout:g} s and was killed"
         self._words.seek(0)
         said = [line.strip() for line in self._words if line.strip()]
         if code >= 0:

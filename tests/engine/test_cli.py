@@ -447,7 +447,7 @@ WRONG = {
     ),
     "inputs that are text": (
         [*FP16W, "--check-laws", "--inputs", "text.onnx", "nameless.onnx", "o.onnx"],
-        ["text.onnx", "no .npz of inputs"],
+        ["text.onnx", "cannot be read"],
     ),
     "inspect": (["inspect", "none.onnx"], ["none.onnx", "No such file"]),
     "inspect text": (["inspect", "text.onnx"], ["text.onnx", "not an ONNX model"]),
@@ -694,7 +694,7 @@ def test_inspect_as_json_adds_up(forge: Command, tmp_path: Path, name: str) -> N
     found = done.document
     assert list(found) == [
         *("ir_version", "opsets", "producer", "pipeline", "files"),
-        *("inputs", "outputs", "weights", "ops"),
+        *("inputs", "outputs", "weights", "readers", "ops"),
     ]
     proto = onnx.load(path, load_external_data=False)
     assert found["ir_version"] == proto.ir_version
@@ -704,8 +704,32 @@ def test_inspect_as_json_adds_up(forge: Command, tmp_path: Path, name: str) -> N
     for key, values in (("inputs", proto.graph.input), ("outputs", proto.graph.output)):
         assert [port["name"] for port in found[key]] == [value.name for value in values]
     weights = list(Weights(model_io.load(path)))
-    assert sum(group["count"] for group in found["weights"]) == len(weights)
-    assert sum(group["nbytes"] for group in found["weights"]) == sum(w.nbytes for w in weights)
+    for groups in (found["weights"], found["readers"]):
+        assert sum(group["count"] for group in groups) == len(weights)
+        assert sum(group["nbytes"] for group in groups) == sum(w.nbytes for w in weights)
+
+
+def test_inspect_names_the_operators_behind_casts(forge: Command, tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n] x, int64[m] ids) => (float[n] y, float[k] p, float[a,b] z, float[2] kept)
+    <float16[9] half = {1,1,1,1,1,1,1,1,1}, float[3] both = {1,1,1}, int64[2] to = {3,3},
+     int64[1] shape = {-1}, float[2] kept = {1,1}, float[1] lost = {1}> {
+      wide = Cast<to=1>(half)  table = Reshape(wide, to)  z = Gather(table, ids)
+      p = Gather(both, ids)  s = ReduceSum(both)  flat = Reshape(x, shape)  y = Mul(flat, s)
+    }"""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    groups = forge("inspect", path, "--format", "json").document["readers"]
+    assert [(g["readers"], g["dtype"], g["nbytes"]) for g in groups] == [
+        ("Reshape", "int64", 24),
+        ("Gather", "float16", 18),
+        ("Gather, ReduceSum", "float", 12),
+        ("graph output", "float", 8),
+        ("nothing", "float", 4),
+    ]
+    assert ["Gather", "float16", "1", "18"] in table(
+        forge("inspect", path).out, "weights read by"
+    )
 
 
 def test_inspect_tells_data_files_from_the_model(forge: Command, tmp_path: Path) -> None:
@@ -800,7 +824,7 @@ def test_inputs_that_are_no_npz_are_one_line(forge, folder: Path, kind: str) -> 
         Path("i.npz").write_bytes(b"" if kind == "empty" else whole[: len(whole) // 2])
     done = forge(*FP16W, "--check-laws", "--inputs", "i.npz", "nameless.onnx", "--dry-run")
     assert done.code == 2
-    assert_one_line(done, "i.npz", "no .npz of inputs")
+    assert_one_line(done, "i.npz", "cannot be read")
 
 
 @pytest.mark.parametrize("report", ["nameless.onnx", "o.onnx", "hiding_places.onnx"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from onnxforge import PassManager, cli
@@ -48,6 +49,17 @@ def test_verify_names_what_differs(tier: tuple[Path, Path], capsys: Printed) -> 
     assert run("verify", tier[0], tier[0].with_name("none.onnx")) == 2
 
 
+def test_verify_of_a_model_that_does_not_say_how_it_was_made(
+    tier: tuple[Path, Path], capsys: Printed
+) -> None:
+    child = onnx.load(tier[1])
+    del child.metadata_props[:]
+    onnx.save(child, tier[1])
+    assert run("verify", *tier) == 1
+    assert "it does not say how it was made, --passes would" in capsys.readouterr().err
+    assert run("verify", *tier, "--passes", "fp16w{min_bytes=64}") == 0
+
+
 def test_verify_of_a_copy(tier: tuple[Path, Path], capsys: Printed) -> None:
     assert run("verify", tier[0], tier[0]) == 0
     assert "pipeline: none, a copy" in capsys.readouterr().out
@@ -73,12 +85,33 @@ def test_a_gate_that_does_not_hold_is_named(tier: tuple[Path, Path], capsys: Pri
     assert "--min-sqnr 200 for " in capsys.readouterr().err
 
 
+def test_a_side_that_does_not_end_in_time_fails(
+    tier: tuple[Path, Path], capsys: Printed
+) -> None:
+    assert run("compare", *tier, "--random", 1, "--timeout", 0.01) == 1
+    done = capsys.readouterr()
+    said = "onnxruntime did not load the model in 0.01 s and was killed"
+    assert said in done.out
+    assert done.err == f"onnxforge: {tier[0]}: did not run to the end: {said}\n"
+    assert run("compare", *tier, "--random", 1, "--timeout", 300) == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--random", "1", "--min-sqnr", "many"],
         ["--random", "1", "--size", "time"],
         ["--random", "1", "--max-abs", "none=1"],
+        ["--random", "1", "--output", "."],
+        ["--random", "1", "--output", "no/folder/page.html"],
+        ["--random", "1", "--timeout", "0"],
+        ["--random", "1", "--top", "0"],
+        ["--random", "1", "--threads", "-1"],
+        ["--random", "1", "--seed", "-1"],
+        ["--random", "1", "--size", "time=-1"],
+        ["--random", "-1"],
+        ["--random", "1", "--seconds", "nan"],
+        ["--random", "1", "--rate", "0"],
         [],
     ],
 )

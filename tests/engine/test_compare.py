@@ -1,5 +1,6 @@
 """Two models on the same samples: what is measured, what is refused, what a crash leaves."""
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -21,7 +22,9 @@ from onnxforge.compare import (
     compare,
     evidence_as_dict,
 )
-from onnxforge.errors import DataError, SpecError
+from onnxforge.compare.document import Document
+from onnxforge.compare.render import as_text
+from onnxforge.errors import DataError, OnnxforgeError, SpecError
 from support import fixtures, oracle, pairs
 
 GATES = [
@@ -163,6 +166,23 @@ def test_outputs_of_one_side_and_of_other_kinds_are_listed(tmp_path: Path) -> No
     assert found.passed
 
 
+def test_an_output_that_is_no_number_on_one_side_passes_no_gate(tmp_path: Path) -> None:
+    first = pairs.saved(tmp_path / "a.onnx", "(float[n] x) => (float[n] y) { y = Neg(x) }")
+    for text, types in (
+        ("(float[n] x) => (string[n] y) { y = Cast<to=8>(x) }", ("FLOAT", "NONE")),
+        ("(float[n] x) => (seq(float[n]) y) { y = SequenceConstruct(x) }", ("FLOAT", "NONE")),
+    ):
+        second = pairs.saved(tmp_path / "b.onnx", text)
+        options = Options(gates=[Gate("max-abs", 9)])
+        for sides, where in (((first, second), "candidate"), ((second, first), "reference")):
+            found = compare(*sides, Data(count=1), options)
+            assert not found.passed
+            assert found.gates[0].reason == f"random 0: no real numbers in the {where}"
+            assert found.outputs[0].types == (types if sides[0] == first else types[::-1])
+            lines = as_text(Document(found)).splitlines()
+            assert f"not compared: y: no real numbers in the {where} (random 0)" in lines
+
+
 def test_types_that_differ_are_compared_and_fed_through_casts(tmp_path: Path) -> None:
     text = """({0}[1,2,past,8] past_key, float[1,2,steps,8] key) => ({0}[1,2,total,8] present)
       {{ new = Cast<to={1}>(key) present = Concat<axis=2>(past_key, new) }}"""
@@ -233,11 +253,14 @@ class InferenceSession:
 """
 
 
-def pretender(folder: Path) -> Setup:
+HANG = "__import__('time').sleep(60)"
+
+
+def pretender(folder: Path, body: str = FAKE) -> Setup:
     """A runtime that gives back its input and dies of its second sample."""
     package = folder / "fake" / "onnxruntime.py"
     package.parent.mkdir()
-    package.write_text(FAKE)
+    package.write_text(body)
     python = folder / "python"
     path = f"import sys; sys.path.insert(0, {str(package.parent)!r}); "
     run = "import runpy; runpy.run_path(sys.argv[-1], run_name='__main__')"
@@ -253,6 +276,19 @@ def test_a_crash_is_a_result(reference: Path, tmp_path: Path) -> None:
     assert found.reference.failure == ""
     assert found.candidate.failure == "one: onnxruntime died with SIGABRT: noise on stdout"
     assert (found.candidate.runtime, found.candidate.providers) == ("0", ("Fake",))
+    assert found.notes == (f"{reference} ran on Fake, not on CPUExecutionProvider",)
+    assert len(found.outputs[0].samples) == 1
+    assert not found.passed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_a_runtime_that_hangs_is_a_result(reference: Path, tmp_path: Path) -> None:
+    setup = pretender(tmp_path, FAKE.replace("os.kill(os.getpid(), signal.SIGABRT)", HANG))
+    options = Options(candidate=dataclasses.replace(setup, timeout=3))
+    found = compare(reference, reference, [*ONE, *ONE, *ONE], options)
+    assert found.reference.failure == ""
+    said = "one: onnxruntime did not end the run in 3 s and was killed"
+    assert found.candidate.failure == said
     assert len(found.outputs[0].samples) == 1
     assert not found.passed
 
@@ -268,6 +304,15 @@ def test_other_setups_are_told(reference: Path) -> None:
     setup = Setup(threads=2, optimization="none")
     side = compare(reference, reference, ONE, Options(candidate=setup)).candidate
     assert (side.threads, side.optimization) == (2, "none")
+
+
+def test_a_full_disk_is_one_line(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OnnxforgeError, match="No space left on device; TMPDIR may name"):
+        compare(reference, reference, ONE)
 
 
 def test_random_operators_are_noted(tmp_path: Path) -> None:
@@ -301,6 +346,12 @@ def test_options_that_fit_no_output_are_refused(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         compare(reference, reference, ONE, options)
+
+
+@pytest.mark.parametrize("top", [0, 101])
+def test_sets_of_choices_are_bounded(top: int) -> None:
+    with pytest.raises(SpecError, match=f"top: wanted 1 to 100 choices, not {top}"):
+        Options(top=top)
 
 
 def test_models_that_cannot_be_compared_are_refused(reference: Path, tmp_path: Path) -> None:

@@ -111,6 +111,15 @@ def test_what_is_no_sound_is_named(tmp_path: Path) -> None:
         read(model, Data([path]))
 
 
+def test_sound_without_an_end_or_a_beginning(sound: Path, tmp_path: Path) -> None:
+    model = pairs.saved(tmp_path / "raw.onnx", RAW)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    with pytest.raises(DataError, match=r"empty\.wav: holds no sound"):
+        read(model, Data([sound, tmp_path / "empty.wav"]))
+    with pytest.raises(DataError, match=r"raw\.onnx: there is no sound for the preprocessor"):
+        read(model, Data(preprocessor=model, count=1))
+
+
 def test_a_missing_library_says_what_to_install(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +138,9 @@ def test_a_preprocessor_that_fails_is_no_result(
     bad = PREPROCESSOR.replace("Concat<axis=1>(w, n)", "MatMul(w, w)")
     first = pairs.saved(tmp_path / "pre.onnx", bad)
     model = pairs.saved(tmp_path / "model.onnx", ENCODER)
-    with pytest.raises(RuntimeFailed, match="MatMul"):
+    with pytest.raises(RuntimeFailed, match=r"pre\.onnx: .*MatMul"):
         compare(model, model, Data([sound], preprocessor=first))
+    data = Data([sound], preprocessor=first)
+    with pytest.raises(RuntimeFailed, match=r"pre\.onnx: onnxruntime did not load"):
+        list(samples(load(model, editable=False), data, timeout=0.001))
     assert list(temporary.iterdir()) == []

@@ -5,6 +5,7 @@ import json
 import re
 from html import unescape
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from jsonschema import Draft202012Validator
 from markdown_it import MarkdownIt
 
 from onnxforge.compare import Gate, Options, Sample, compare
-from onnxforge.compare.document import SCHEMA, Document, as_dict, verdict
+from onnxforge.compare.document import SCHEMA, Document, as_dict, names, verdict
 from onnxforge.compare.evidence import GateResult
 from onnxforge.compare.render import as_markdown, as_text
 from onnxforge.compare.tables import tables
 from onnxforge.inspection import inspect
+from onnxforge.numerics.text import compare_texts
 from onnxforge.text import printable
 from support import evidence, pairs
 
@@ -94,10 +96,17 @@ def test_numbers_of_real_evidence_are_in_the_tables(real: Document) -> None:
     assert found["Error per output"].rows[0][1:3] == nan
     assert found["Error per output"].rows[0][-2:] == ("1/4", "no")
     assert found["Error per output"].rows[1][1] == f"{output.overall.max_abs:.3g}"
-    assert found["Ranges"].rows[0][3:] == ("0 -> 1", "0 -> 0", "1")
+    low, high = pairs.logits().min(), pairs.logits().max()
+    assert found["Ranges"].rows[0][2].split(" -> ")[0] == f"{low:.4g}"
+    assert found["Ranges"].rows[0][3].split(" -> ")[0] == f"{high:.4g}"
+    assert found["Ranges"].rows[0][4:] == ("0 -> 1", "0 -> 0", "1")
     assert [row[2] for row in found["Gates"].rows] == ["passed", "failed"]
     assert ("float", "3", "49,152", "100.0 %", "4", "50,176", "100.0 %") in [
         *found["Weights by type"].rows
+    ]
+    assert found["Weights by operator"].rows == [
+        ("MatMul", "49,152", "float 100.0 %", "49,152", "float 100.0 %"),
+        ("Add", "0", "-", "1,024", "float 100.0 %"),
     ]
     assert found["Operators"].rows == [
         ("Add", "1", "2"),
@@ -121,9 +130,45 @@ def test_text_is_aligned_and_complete() -> None:
     assert lines[start : start + 4] == [
         "clip     byte-exact        WER        CER  WER normalized  CER normalized",
         "all      0/2           25.00 %    12.50 %          0.00 %          0.00 %",
-        "logits   no            25.00 %    12.50 %          0.00 %          0.00 %",
         "silence  no          undefined  undefined       undefined       undefined",
+        "logits   no            25.00 %    12.50 %          0.00 %          0.00 %",
     ]
+
+
+def test_what_is_wrong_is_not_cut_off() -> None:
+    clips = {str(i): "abcd" for i in range(40)}
+    found = compare_texts(clips, {**clips, "30": "abcx", "35": "wxyz"})
+    (transcripts,) = tables(Document(None, text=found), 20)
+    assert [row[:2] for row in transcripts.rows[:4]] == [
+        ("all", "38/40"),
+        ("35", "no"),
+        ("30", "no"),
+        ("0", "yes"),
+    ]
+    decoded = evidence.document().decode
+    clips = dict(reversed(decoded.clips.items()))
+    turned = Document(None, decode=dataclasses.replace(decoded, clips=clips))
+    assert [row[0] for row in tables(turned, 9)[-1].rows] == ["all", "logits", "b"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        (("a/m.onnx", "b/m.onnx"), ["a/m.onnx", "b/m.onnx"]),
+        (("{}/a/m.onnx", "b/m.onnx"), ["a/m.onnx", "b/m.onnx"]),
+        (("{}/m.onnx", "t.onnx"), ["m.onnx", "t.onnx"]),
+        (("m.onnx", "m.onnx"), ["m.onnx", "m.onnx"]),
+    ],
+)
+def test_folders_above_both_models_are_not_told(
+    paths: tuple[str, str], shown: list[str]
+) -> None:
+    found = evidence.document().comparison
+    sides = [
+        dataclasses.replace(found.reference, path=path.format(Path.cwd())) for path in paths
+    ]
+    named = dataclasses.replace(found, reference=sides[0], candidate=sides[1])
+    assert [Path(name).as_posix() for name in names(named)] == shown
 
 
 def test_texts_alone_make_a_report() -> None:

@@ -1,6 +1,8 @@
 """Samples from files and at random: in range, alike for equal seeds, or one clear line."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 
 from onnxforge.compare.drawing import drawn
 from onnxforge.compare.samples import Data, Sample, fit, samples
-from onnxforge.errors import DataError
+from onnxforge.errors import DataError, Refused
 from onnxforge.model_io import load
+from onnxforge.numerics.samples import read_archive, read_array
 from support import fixtures, oracle, pairs
 
 TWO = "(float[n,2] x, int64[n] ids) => (float[n,2] y, int64[n] z) { y=Neg(x) z=Neg(ids) }"
@@ -68,6 +71,59 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["npy", "stored", "packed"])
+def test_damaged_files_are_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"s.{'npy' if kind == 'npy' else 'npz'}"
+    save = {"npy": np.save, "stored": np.savez, "packed": np.savez_compressed}[kind]
+    save(path, np.arange(500.0))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    told = 0
+    for i in range(1500):
+        cut = bytearray(whole[: rng.integers(len(whole)) if i % 5 == 0 else None])
+        for at in rng.integers(0, min(len(cut), 200) if i % 2 else len(cut), bool(cut) * 2):
+            cut[at] = rng.integers(256)
+        path.write_bytes(cut)
+        try:
+            read_array(path) if kind == "npy" else read_archive(path)
+        except DataError as error:
+            told += str(error).startswith(f"{path}: cannot be read (")
+    assert told > 700
+
+
+@pytest.mark.parametrize(("name", "save"), [("a.npz", np.save), ("a.npy", np.savez)])
+def test_a_file_of_another_kind_is_one_line(tmp_path: Path, name: str, save: Any) -> None:
+    with (tmp_path / name).open("wb") as file:
+        save(file, np.ones(3, np.float32))
+    one = model(tmp_path, "(float[n] x) => (float[n] y) { y = Neg(x) }")
+    with pytest.raises(DataError, match=f"{name}: cannot be read"):
+        list(samples(one, Data([tmp_path / name])))
+
+
+def test_suffixes_in_capitals_count(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X, ids=IDS)
+    (tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
+    assert set(read(tmp_path, tmp_path / "A.NPZ")[0].feeds) == {"x", "ids"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seconds": 0},
+        {"seconds": -1},
+        {"seconds": 1e-9},
+        {"seconds": math.nan},
+        {"seconds": math.inf},
+        {"rate": 0},
+        {"count": -1},
+        {"seed": -1},
+        {"sizes": {"n": -1}},
+    ],
+)
+def test_numbers_that_make_no_samples_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="wanted at least"):
+        Data(**options)
+
+
 @pytest.mark.parametrize(
     ("feeds", "message"),
     [
@@ -117,6 +173,15 @@ def test_equal_seeds_draw_equal_samples() -> None:
 
     assert bits(1) == bits(1)
     assert len({*bits(0), *bits(1)}) == 12
+
+
+@pytest.mark.parametrize("length", [10**13, 10**22])
+@pytest.mark.parametrize("kind", ["float", "int64"])
+def test_what_no_memory_holds_is_one_line(tmp_path: Path, kind: str, length: int) -> None:
+    one = model(tmp_path, f"({kind}[n] x) => ({kind}[n] y) {{ y = Neg(x) }}")
+    with pytest.raises(Refused, match=rf"'x' cannot have the shape \[{length}\]: ") as caught:
+        list(drawn(one, 1, sizes={"n": length}))
+    assert "\n" not in str(caught.value)
 
 
 def test_caches_are_empty_and_filled_in_turn() -> None:

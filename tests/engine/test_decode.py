@@ -361,6 +361,8 @@ def test_a_prompt_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         generate(embeds, {"a": {}})
     with pytest.raises(OnnxforgeError, match="nothing feeds 'h': no embed graph"):
         generate(dataclasses.replace(embeds, embed=None), PROMPTS)
+    with pytest.raises(OnnxforgeError, match=r"cached\.onnx: wanted one input and one output"):
+        generate(dataclasses.replace(embeds, embed=cached(tmp_path)), PROMPTS)
 
 
 def test_sides_that_do_not_fit_are_refused(tmp_path: Path) -> None:

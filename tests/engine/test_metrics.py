@@ -266,14 +266,30 @@ def test_positions_of_mismatches_are_bounded_and_their_number_is_not() -> None:
         ([0.0, 2.0], [0.0, 0.0], 0, 0, 1),
         ([], [], math.inf, 1, 0),
         ([1e300, 1.0], [2e300, 1.0], -math.inf, 0, 1),
-        ([1e200, 1.0], [1e200, 2.0], math.inf, 0, 1e-200),
+        ([1e200, 1.0], [1e200, 2.0], -math.inf, 0, 1e-200),
+        ([1e160], [1e160 + 1e150], -math.inf, 0, 1e-10),
+        ([1e200, 1.0], [1e200, 1.0], math.inf, 1, 0),
+        ([1e-170], [2e-170], -math.inf, 0, 1),
     ],
 )
 def test_zero_empty_and_huge_vectors_are_defined(
     reference: list[float], candidate: list[float], sqnr: float, cosine: float, relative: float
 ) -> None:
     found = compare(reference, candidate)
-    assert (found.sqnr_db, found.cosine, found.max_relative) == (sqnr, cosine, relative)
+    assert (found.sqnr_db, found.cosine) == (sqnr, cosine)
+    assert found.max_relative == pytest.approx(relative, rel=1e-5)
+
+
+def test_ranges_are_of_finite_values_and_of_each_side() -> None:
+    reference = np.array([np.nan, -3, 2, np.inf], np.float32)
+    candidate = np.array([-np.inf, -2, np.nan, 7], np.float32)
+    found = compare(reference, candidate)
+    assert found.range_reference == (-3, 2)
+    assert found.range_candidate == (-2, 7)
+    nothing = compare(reference[:1], candidate[:1])
+    assert nothing.range_reference is nothing.range_candidate is None
+    whole = compare(np.arange(5) - 9, np.arange(5) > 1)
+    assert (whole.range_reference, whole.range_candidate) == ((-9, -5), (0, 1))
 
 
 def test_scalars_compare() -> None:

@@ -1,7 +1,10 @@
 """Models run in a process of their own, and what goes wrong there is told in one line."""
 
+import math
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,8 @@ import onnx
 import pytest
 from onnx import parser
 
-from onnxforge.errors import OnnxforgeError, RuntimeFailed
-from onnxforge.runtime.session import run
+from onnxforge.errors import OnnxforgeError, RuntimeFailed, SpecError
+from onnxforge.runtime.session import Session, Setup, run, write_all
 from support import fixtures, oracle
 
 NEG = """<ir_version: 9, opset_import: ["" : 18]>
@@ -80,6 +83,52 @@ def test_a_crash_names_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pretend(body, tmp_path, monkeypatch)
     with pytest.raises(RuntimeFailed, match=r"^onnxruntime died with SIGSEGV$"):
         run(path, X)
+
+
+HANGING = """import time
+__version__ = "0"
+class SessionOptions: pass
+class GraphOptimizationLevel: ORT_ENABLE_ALL = 0
+class OrtValue: ortvalue_from_numpy = staticmethod(lambda array: array)
+class InferenceSession:
+    def __init__(self, *args, **kwargs): time.sleep(LOAD)
+    def get_providers(self): return []
+    def get_outputs(self): return []
+    def run_with_ort_values(self, names, feeds): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("load", "what"), [(60, "load the model"), (0, "end the run")])
+def test_a_runtime_that_hangs_is_killed_at_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: int, what: str
+) -> None:
+    path = saved(NEG, tmp_path)
+    pretend(HANGING.replace("LOAD", str(load)), tmp_path, monkeypatch)
+    start = time.monotonic()
+    said = f"^onnxruntime did not {what} in 2 s and was killed$"
+    with (
+        pytest.raises(RuntimeFailed, match=said),
+        Session(path, tmp_path, Setup(timeout=2)) as session,
+    ):
+        session.run({})
+    assert time.monotonic() - start < 20
+    assert threading.active_count() == 1
+
+
+def test_a_limit_that_is_kept_changes_nothing(tmp_path: Path) -> None:
+    path = saved(NEG, tmp_path)
+    with Session(path, tmp_path, Setup(timeout=60)) as session:
+        for _ in range(3):
+            (y,) = session.run(write_all(tmp_path, "x", X)).values()
+    assert y.open().tolist() == [-1, 2]
+
+
+@pytest.mark.parametrize(
+    "options", [{"timeout": 0}, {"timeout": math.inf}, {"timeout": math.nan}, {"threads": -1}]
+)
+def test_numbers_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(SpecError, match=next(iter(options))):
+        Setup(**options)  # type: ignore[arg-type]
 
 
 def test_an_error_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

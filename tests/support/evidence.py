@@ -18,7 +18,7 @@ from onnxforge.compare.evidence import (
     Side,
     Worst,
 )
-from onnxforge.inspection import Inspection, Port, WeightGroup
+from onnxforge.inspection import Inspection, Port, ReaderGroup, WeightGroup
 from onnxforge.numerics.decode import ClipDecode, DecodeEvidence, Loop, Step
 from onnxforge.numerics.metrics import Comparison, compare
 from onnxforge.numerics.ranking import rank
@@ -89,9 +89,16 @@ def _inspection(name: str, path: str) -> Inspection:
         WeightGroup(dtype, "initializer, main graph", "inline", 2, size)
         for dtype, size in (("float", 4000), (path[:7], 2000), ("int64", 16), ("bool", 1))
     ]
+    readers = [
+        ReaderGroup(name, "float", 1, 3000),
+        ReaderGroup(name, path[:7], 1, 1000),
+        ReaderGroup("Add", "int64", 2, 16),
+    ]
     ops = {name: 3, f"{name} {path}": 1, "Add": 2}
     files = {Path(path): 6100, Path(name.replace("\0", "")): 9}
-    return Inspection(10, {"ai.onnx": 20}, name, name, files, [port], [port], groups, ops)
+    return Inspection(
+        10, {"ai.onnx": 20}, name, name, files, [port], [port], groups, readers, ops
+    )
 
 
 def _text(name: str) -> TextEvidence:
