@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -16,8 +16,12 @@ from onnxforge.operands import Operand
 from onnxforge.surgery import Surgery, take_over
 from onnxforge.weights import Weight, Weights
 
-__all__ = ["Integers", "Product"]
+__all__ = ["Integers", "Product", "Stored"]
 
+Stored = Literal["int8", "uint8"]
+"""Type of a weight; uint8 is around 128."""
+
+_REAL = ir.DataType.FLOAT
 _TYPES = {"int8": (ir.DataType.INT8, 0), "uint8": (ir.DataType.UINT8, 128)}
 
 
@@ -46,19 +50,18 @@ class Product:
         return self.node.op_type != "Conv" and self.operand.index == 0
 
     @property
-    def stored(self) -> Literal["int8", "uint8"] | None:
-        """The type that every runtime multiplies here; None where it takes both.
+    def needs_uint8(self) -> bool:
+        """Whether not every runtime has a kernel for an int8 weight here.
 
-        uint8 times int8 has a kernel everywhere with the weight on the right only, and
-        ConvInteger takes int8 from onnxruntime 1.24 on.
+        uint8 times int8 has one everywhere with the weight on the right only, and ConvInteger
+        takes int8 from onnxruntime 1.24 on. Neither takes a zero point for each channel.
         """
-        return "uint8" if self.is_left or self.node.op_type == "Conv" else None
+        return self.is_left or self.node.op_type == "Conv"
 
     @property
     def activation(self) -> ir.Value:
         """The other operand."""
-        index = 1 if self.is_left else 0
-        value = self.node.inputs[index]
+        value = self.node.inputs[1 if self.is_left else 0]
         assert value is not None, "the operand of a product is not optional"
         return value
 
@@ -69,11 +72,13 @@ class Integers:
     def __init__(self, weights: Weights) -> None:
         """Rewrite products of the model of these weights."""
         self.surgery = Surgery(weights)
-        self._paths: list[ir.Node] = []
-        self._followed: dict[tuple[int, int], ir.Value] = {}
-        self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._unique = weights.unique
+        self._left: list[ir.Node] = []
+        self._moved: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
+        self._quantized: dict[ir.Value, ir.Node] = {}
+        self._constants: dict[tuple[Weight, str, tuple[int, ...], bytes], ir.Value] = {}
 
-    def store(self, weight: Weight, grid: Grid, stored: Literal["int8", "uint8"]) -> None:
+    def store(self, weight: Weight, grid: Grid, stored: Stored) -> None:
         """Store a weight as integers; its products have to be rewritten next."""
         dtype, zero_point = _TYPES[stored]
         weight.store(DerivedTensor(weight.tensor, dtype, Quantize(grid, zero_point)))
@@ -89,85 +94,94 @@ class Integers:
             product: The product; its weight is stored as integers.
             scales: The scales of the stored tensor, of a shape that broadcasts against it.
         """
-        node, weight = product.node, product.operand.weight
-        assert weight.value is not None, "a stored weight is a value"
-        constant = self._follow(product.operand.path, weight.value)
-        x, x_scale, x_zero = self._quantized(product.activation)
-        operands = [constant, x] if product.is_left else [x, constant]
-        wide = product.operand.seen(scales, product.shared)
-        before: list[ir.Node] = []
+        node, operand = product.node, product.operand
+        assert operand.weight.value is not None, "a stored weight is a value"
+        constant = self._move(operand.path, operand.weight.value)
+        x, x_scale, x_zero = self._quantize(product.activation)
+        factors = [constant, x] if product.is_left else [x, constant]
+        wide = operand.seen(scales, product.shared)
+        nodes: list[ir.Node] = []
         for i, flag in enumerate(("transA", "transB")):
             if node.op_type == "Gemm" and node.attributes.get_int(flag, 0) == 1:
-                before.append(self._transposed(operands[i]))
-                wide = wide.T if operands[i] is constant else wide
-                operands[i] = before[-1].outputs[0]
-        w_scale, w_zero = self._factors(product, wide)
+                nodes.append(self._transpose(factors[i]))
+                wide = wide.T if factors[i] is constant else wide
+                factors[i] = nodes[-1].outputs[0]
+        w_scale, w_zero = self._parameters(product, wide)
         zeros = [w_zero, x_zero] if product.is_left else [x_zero, w_zero]
-        nodes = self._integer(product, [*operands, *zeros], x_scale, w_scale)
-        nodes += self._bias(product, nodes[-1].outputs[0])
-        self._replace(node, [*before, *nodes])
-        self._paths += [*product.operand.restored, *product.operand.path]
+        integer = self._multiply(node, [*factors, *zeros])
+        nodes += [integer, *self._scale(node, integer.outputs[0], x_scale, w_scale)]
+        nodes += self._add_bias(product, nodes[-1].outputs[0])
+        self._replace(node, nodes, stands=integer)
+        self._left += [*operand.restored, *operand.path]
 
     def finish(self) -> None:
         """Remove what nobody reads any more."""
-        self.surgery.drop_dead(self._paths)
+        self.surgery.drop_dead(self._left)
         self.surgery.settle()
 
-    def _follow(self, path: Sequence[ir.Node], value: ir.Value) -> ir.Value:
+    def _move(self, path: Sequence[ir.Node], value: ir.Value) -> ir.Value:
         """Move the elements of a value as a path does; casts are of no use to integers."""
         for node in path:
             if node.op_type == "Cast":
                 continue
-            key = id(node), id(value)
-            if key not in self._followed:
-                output = self.surgery.weights.unique(f"{node.outputs[0].name}_int8")
-                assert value.dtype is not None, "a stored weight has a type"
-                moved = self.surgery.node(
-                    node.op_type,
-                    [value, *node.inputs[1:]],
-                    output,
-                    value.dtype,
-                )
+            if (node, value) not in self._moved:
+                moved = self._like(node, [value, *node.inputs[1:]])
                 moved.attributes.update(node.attributes)
-                moved.outputs[0].shape = node.outputs[0].shape
                 assert node.graph is not None, "the path is part of the model"
                 node.graph.insert_after(node, moved)
-                self._followed[key] = moved.outputs[0]
-            value = self._followed[key]
+                self._moved[node, value] = moved.outputs[0]
+            value = self._moved[node, value]
         return value
 
-    def _quantized(self, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _like(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
+        source, name = inputs[0], self._unique(f"{node.outputs[0].name}_int8")
+        assert source is not None, "what moves elements has an input"
+        assert source.dtype is not None, "integers have a type"
+        made = self.surgery.node(node.op_type, inputs, name, source.dtype)
+        made.outputs[0].shape = node.outputs[0].shape
+        return made
+
+    def _quantize(self, value: ir.Value) -> Sequence[ir.Value]:
         """uint8, scale and zero point of an activation; quantized once, where it is made."""
+        if value not in self._quantized:
+            graph, producer = value.graph, value.producer()
+            assert graph is not None, "an activation belongs to a graph"
+            node = self._found(value) or self._quantizer(value)
+            if producer is not None:
+                graph.insert_after(producer, node)
+            else:
+                graph.insert_before(graph[0], node)
+            self._quantized[value] = node
+        return self._quantized[value].outputs
+
+    def _found(self, value: ir.Value) -> ir.Node | None:
+        """What quantizes a value already, taken out of its graph: it may stand too late."""
         for node, _ in value.uses():
             if node.op_type == "DynamicQuantizeLinear" and node.graph is value.graph:
-                quantized, scale, zero = node.outputs
-                return quantized, scale, zero
-        unique = self.surgery.weights.unique
-        types = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8
+                assert node.graph is not None, "the value has a graph"
+                node.graph.remove(node)
+                return node
+        return None
+
+    def _quantizer(self, value: ir.Value) -> ir.Node:
+        types = ir.DataType.UINT8, _REAL, ir.DataType.UINT8
         words = "quantized", "quantized_scale", "quantized_zero_point"
         outputs = [
-            ir.Value(name=unique(f"{value.name}_{word}"), type=ir.TensorType(dtype))
+            ir.Value(name=self._unique(f"{value.name}_{word}"), type=ir.TensorType(dtype))
             for word, dtype in zip(words, types, strict=True)
         ]
         outputs[0].shape = value.shape
-        name = unique(f"{value.name}_DynamicQuantizeLinear")
-        node = ir.node("DynamicQuantizeLinear", [value], name=name, outputs=outputs)
-        graph, producer = value.graph, value.producer()
-        assert graph is not None, "an activation belongs to a graph"
-        if producer is not None:
-            graph.insert_after(producer, node)
-        else:
-            graph.insert_before(graph[0], node)
-        return outputs[0], outputs[1], outputs[2]
+        name = self._unique(f"{value.name}_DynamicQuantizeLinear")
+        return ir.node("DynamicQuantizeLinear", [value], name=name, outputs=outputs)
 
-    def _transposed(self, value: ir.Value) -> ir.Node:
-        name = self.surgery.weights.unique(f"{value.name}_transposed")
+    def _transpose(self, value: ir.Value) -> ir.Node:
+        name = self._unique(f"{value.name}_transposed")
         assert value.dtype is not None, "integers have a type"
         return self.surgery.node("Transpose", [value], name, value.dtype, {"perm": [1, 0]})
 
-    def _factors(self, product: Product, wide: np.ndarray) -> tuple[ir.Value, ir.Value]:
+    def _parameters(self, product: Product, wide: np.ndarray) -> tuple[ir.Value, ir.Value]:
         """Scale and zero point of a weight, as constants that broadcast to the product."""
-        node, weight, given = product.node, product.operand.weight, product.operand.scale
+        node, operand = product.node, product.operand
         wide = wide * np.float32(node.attributes.get_float("alpha", 1.0))
         if node.op_type == "Conv":
             wide = wide.reshape(1, -1, *[1] * (wide.ndim - 2))
@@ -175,91 +189,80 @@ class Integers:
             wide = wide.reshape(-1)
         if wide.size == 1:
             wide = wide.reshape(())
-        dtype, zero = (np.uint8, 128) if weight.dtype == ir.DataType.UINT8 else (np.int8, 0)
-        # ConvInteger and a left operand take no zero points by channel.
-        shape = () if product.stored == "uint8" else wide.shape
-        zero_point = self._constant(weight, "zero_point", np.full(shape, zero, dtype))
-        moves = [n for n in product.operand.path if n.op_type != "Cast"]
+        dtype, zero = (
+            (np.uint8, 128) if operand.weight.dtype == ir.DataType.UINT8 else (np.int8, 0)
+        )
+        zeros = np.full(() if product.needs_uint8 else wide.shape, zero, dtype)
+        zero_point = self._constant(operand.weight, "zero_point", zeros)
+        moves = [n for n in operand.path if n.op_type != "Cast"]
         transposed = all(n.op_type == "Transpose" for n in moves)
-        if given is not None and node.op_type == "MatMul" and transposed:
-            assert given.value is not None, "a scale is a value"
-            return self._follow(moves, given.value), zero_point
-        return self._constant(weight, "scale", wide), zero_point
+        if operand.scale is not None and node.op_type == "MatMul" and transposed:
+            assert operand.scale.value is not None, "a scale is a value"
+            return self._move(moves, operand.scale.value), zero_point
+        return self._constant(operand.weight, "scale", wide), zero_point
 
     def _constant(self, beside: Weight, word: str, content: np.ndarray) -> ir.Value:
-        key = id(beside), word, content.shape, content.tobytes()
+        key = beside, word, content.shape, content.tobytes()
         if key not in self._constants:
             assert beside.value is not None, "a stored weight is a value"
             name = f"{beside.value.name}_{word}"
             self._constants[key] = self.surgery.constant(beside, name, content)
         return self._constants[key]
 
-    def _integer(
-        self,
-        product: Product,
-        inputs: Sequence[ir.Value],
-        x_scale: ir.Value,
-        w_scale: ir.Value,
-    ) -> list[ir.Node]:
-        node, make, unique = product.node, self.surgery.node, self.surgery.weights.unique
-        is_conv = node.op_type == "Conv"
-        y = node.outputs[0].name
-        integer = make(
-            "ConvInteger" if is_conv else "MatMulInteger",
-            inputs,
-            unique(f"{y}_int32"),
-            ir.DataType.INT32,
-        )
-        if is_conv:
-            integer.attributes.update(node.attributes)
-        integer.outputs[0].shape = node.outputs[0].shape
-        real = ir.DataType.FLOAT
-        cast = make("Cast", integer.outputs, unique(f"{y}_float"), real, {"to": real})
-        cast.outputs[0].shape = node.outputs[0].shape
-        scale = make("Mul", [x_scale, w_scale], unique(f"{y}_scale"), real)
-        scaled = make("Mul", [cast.outputs[0], scale.outputs[0]], unique(f"{y}_product"), real)
-        scaled.outputs[0].shape = node.outputs[0].shape
-        return [integer, cast, scale, scaled]
+    def _multiply(self, node: ir.Node, inputs: Sequence[ir.Value]) -> ir.Node:
+        operator = "ConvInteger" if node.op_type == "Conv" else "MatMulInteger"
+        output = self._unique(f"{node.outputs[0].name}_int32")
+        made = self.surgery.node(operator, inputs, output, ir.DataType.INT32)
+        if node.op_type == "Conv":
+            made.attributes.update(node.attributes)
+        made.outputs[0].shape = node.outputs[0].shape
+        return made
 
-    def _bias(self, product: Product, value: ir.Value) -> list[ir.Node]:
+    def _scale(
+        self, node: ir.Node, integers: ir.Value, x_scale: ir.Value, w_scale: ir.Value
+    ) -> list[ir.Node]:
+        make, unique, y = self.surgery.node, self._unique, node.outputs[0].name
+        cast = make("Cast", [integers], unique(f"{y}_float"), _REAL, {"to": _REAL})
+        scale = make("Mul", [x_scale, w_scale], unique(f"{y}_scale"), _REAL)
+        both = [cast.outputs[0], scale.outputs[0]]
+        scaled = make("Mul", both, unique(f"{y}_scaled"), _REAL)
+        cast.outputs[0].shape = scaled.outputs[0].shape = node.outputs[0].shape
+        return [cast, scale, scaled]
+
+    def _add_bias(self, product: Product, value: ir.Value) -> list[ir.Node]:
         """Nodes that add the third input of a Gemm or Conv."""
-        node, weight, unique = (
-            product.node,
-            product.operand.weight,
-            self.surgery.weights.unique,
-        )
-        bias = node.inputs[2] if len(node.inputs) > 2 and node.op_type != "MatMul" else None
-        beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+        node, weight, make = product.node, product.operand.weight, self.surgery.node
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        beta = node.attributes.get_float("beta", 1.0)
         if bias is None or beta == 0:
             return []
-        real, nodes = ir.DataType.FLOAT, []
+        nodes = []
         if beta != 1:
             factor = self._constant(weight, "beta", np.array(beta, np.float32))
-            nodes.append(
-                self.surgery.node("Mul", [bias, factor], unique(f"{bias.name}_beta"), real)
-            )
+            name = self._unique(f"{node.outputs[0].name}_beta")
+            nodes.append(make("Mul", [bias, factor], name, _REAL))
         if node.op_type == "Conv":
             shape = np.array([1, -1, *[1] * (len(product.operand.shape) - 2)])
             where = self._constant(weight, "bias_shape", shape)
-            name = unique(f"{bias.name}_reshaped")
-            nodes.append(self.surgery.node("Reshape", [bias, where], name, real))
+            name = self._unique(f"{node.outputs[0].name}_bias")
+            nodes.append(make("Reshape", [bias, where], name, _REAL))
         added = nodes[-1].outputs[0] if nodes else bias
-        name = unique(f"{node.outputs[0].name}_sum")
-        return [*nodes, self.surgery.node("Add", [value, added], name, real)]
+        name = self._unique(f"{node.outputs[0].name}_sum")
+        return [*nodes, make("Add", [value, added], name, _REAL)]
 
-    def _replace(self, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-        """Put nodes in the place of one; the integer one of them stands for it."""
-        graph, stands = node.graph, next(n for n in nodes if n.op_type in _INTEGER)
+    def _replace(self, node: ir.Node, nodes: Sequence[ir.Node], stands: ir.Node) -> None:
+        """Put nodes in the place of one, whose name and remarks one of them gets."""
+        graph = node.graph
         assert graph is not None, "a product is part of the model"
         graph.insert_before(node, nodes)
         take_over(node.outputs[0], nodes[-1].outputs[0])
         stands.name, stands.doc_string = node.name, node.doc_string
         stands.metadata_props.update(node.metadata_props)
         graph.remove(node, safe=True)
-        self._bias_last(nodes[-1].outputs[0])
+        self._put_first(nodes[-1].outputs[0])
 
-    def _bias_last(self, product: ir.Value) -> None:
-        """Make a product the first operand of the Add behind it, as runtimes fuse it."""
+    def _put_first(self, product: ir.Value) -> None:
+        """Make a product the first operand of the Add of bias behind it, which fuses."""
         uses = product.uses()
         if len(uses) != 1 or product.is_graph_output():
             return
@@ -269,6 +272,3 @@ class Integers:
         if is_second and self.surgery.weights.behind(other) is not None:
             node.replace_input_with(0, product)
             node.replace_input_with(1, other)
-
-
-_INTEGER = ("ConvInteger", "MatMulInteger")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from onnxforge import flow
-from onnxforge.integer import Product
+from onnxforge.integer import Product, Stored
 from onnxforge.operands import Operand, channel_axes, ends, trace
 from onnxforge.walk import Scope, label
 from onnxforge.weights import Weight, Weights
@@ -37,12 +38,15 @@ CODES: Mapping[str, str] = {
     "OF239": "The product is computed in another type than float32, its weight is quantized"
     " already, or both of its operands are constants.",
     "OF240": "The operator is not among `op_types`.",
+    "OF242": "A sum of so many products of 8 bits can exceed 32 bits.",
 }
 """What the codes mean that say why a product stays."""
 
 LEFT_FLOAT = ("OF234", "OF235")
 """Why a product stays that could be rewritten."""
 
+_OPSET = 11  # DynamicQuantizeLinear
+_LONGEST = (2**31 - 1) // (255 * 128)
 _REAL = ir.DataType.FLOAT
 _MATRIX = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul")
 _KINDS = ("MatMul", "Gemm", "Conv")
@@ -102,6 +106,9 @@ class Search:
         self, node: ir.Node, scope: Scope, position: int, weights: Weights, *, is_front: bool
     ) -> Candidate:
         where = scope.path + label(node, position)
+        if scope.opset_imports.get("", _OPSET) < _OPSET:
+            reason = Reason("OF210", f"DynamicQuantizeLinear needs opset {_OPSET}")
+            return Candidate(node, where, None, reason)
         if node.op_type not in self.op_types:
             reason = Reason("OF240", f"is a {node.op_type}, which op_types leaves out")
             return Candidate(node, where, None, reason)
@@ -120,6 +127,8 @@ class Search:
             return Reason("OF239", f"computes in {other.name.lower()}")
         node, rank = operand.node, len(operand.shape)
         axes = channel_axes(node, operand.index, rank)
+        if axes is not None and math.prod(operand.shape[i] for i in axes) > _LONGEST:
+            return Reason("OF242", f"sums over more than {_LONGEST} products")
         if axes is not None and not self.per_channel and operand.scale is None:
             axes = tuple(range(rank))
         channels = None if axes is None else operand.channels(axes)
@@ -168,8 +177,8 @@ def stored_type(
     weight: Weight,
     products: Sequence[Product],
     weights: Weights,
-    wanted: Literal["int8", "uint8"],
-) -> Literal["int8", "uint8"] | Reason:
+    wanted: Stored,
+) -> Stored | Reason:
     """The type in which all readers of a weight can multiply it, or why they cannot.
 
     Args:
@@ -180,9 +189,9 @@ def stored_type(
     """
     if len({product.channels for product in products}) > 1:
         return Reason("OF237", "is read along different axes")
-    needed = {product.stored for product in products} - {None}
+    needs_uint8 = any(product.needs_uint8 for product in products)
     if weight.dtype == ir.DataType.INT8:
-        return Reason("OF237", "is int8 already, uint8 is needed") if needed else "int8"
+        return Reason("OF237", "is int8 already, uint8 is needed") if needs_uint8 else "int8"
     rewritten = {(product.node, product.operand.index) for product in products}
     for end in ends(weight, weights):
         if end is None:
@@ -192,4 +201,4 @@ def stored_type(
             return Reason("OF233", "is also read by Gather: add gather-int8")
         if end not in rewritten:
             return Reason("OF232", "is also read in float32", f"by {node.op_type}")
-    return "uint8" if needed else wanted
+    return "uint8" if needs_uint8 else wanted

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxforge import dequantized, products, selection
 from onnxforge.core import Effect, Fate, Finding, Pass, Result
 from onnxforge.errors import Refused
-from onnxforge.integer import Integers, Product
+from onnxforge.integer import Integers, Product, Stored
 from onnxforge.numerics.int8 import Grid, ScaleRule, choose, saturating_pairs
 from onnxforge.operands import weight_channels
 from onnxforge.options import ByteSize
@@ -40,7 +40,7 @@ class _Plan(NamedTuple):
 
     weight: Weight
     products: Sequence[Product]
-    stored: Literal["int8", "uint8"]
+    stored: Stored
 
 
 class _Scan(NamedTuple):
@@ -109,7 +109,7 @@ class DynamicInt8Pass(Pass):
     exclude: tuple[str, ...] = ()
     per_channel: bool = True
     reduce_range: bool = False
-    weight_type: Literal["int8", "uint8"] = "int8"
+    weight_type: Stored = "int8"
     scale: ScaleRule = "absmax"
     min_bytes: ByteSize = ByteSize(1024)
     float_front_end: bool = True

@@ -51,6 +51,8 @@ class WeightsInt8CastPass(Pass):
         "OF223": "The weight holds NaN or infinity, which int8 has no place for.",
         "OF224": "No operator reads the weight that sums over some of its axes, so there are"
         " no channels that could share a scale.",
+        "OF228": "Runtimes make float32 of the weights when they load them, so that only the"
+        " file is smaller.",
     }
 
     min_bytes: ByteSize = ByteSize(1024)
@@ -75,6 +77,9 @@ class WeightsInt8CastPass(Pass):
             findings.append(treated(weight, "stored as int8"))
             decoded[weight.where] = dequantized.store(weight, grid, surgery)
         surgery.settle()
+        if decoded:
+            message = "memory and speed of a runtime stay those of float32"
+            findings.append(Finding("OF228", "model", message))
         return Result(model, bool(decoded), {}, tuple(findings), decoded)
 
     def _grid(self, weight: Weight, weights: Weights) -> Grid | Finding:
