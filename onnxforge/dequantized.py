@@ -1,39 +1,92 @@
-"""Weights stored as int8 with a scale for each channel, and multiplied as float32."""
+"""Weights stored as int8 with scales, and multiplied as float32."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnxforge.lazy import DerivedTensor
-from onnxforge.numerics.int8 import Dequantize, Grid, Quantize
+from onnxforge.numerics.channels import Channels
+from onnxforge.numerics.int8 import (
+    Dequantize,
+    Divide,
+    Grid,
+    Quantize,
+    ScaleRule,
+    choose,
+    loudness,
+)
 from onnxforge.surgery import Surgery
 from onnxforge.weights import Use, Weight
 from onnxforge.widening import widen
 
-__all__ = ["is_of_rows", "store"]
+__all__ = ["Storage", "is_of_rows", "plan", "store"]
 
 _REAL = ir.DataType.FLOAT
 
 
-def store(weight: Weight, grid: Grid, surgery: Surgery) -> ir.TensorProtocol:
+@dataclass(frozen=True)
+class Storage:
+    """How a weight is to be stored.
+
+    Attributes:
+        grid: Its integers and their scales.
+        inputs: A second scale, for each input channel, or None.
+    """
+
+    grid: Grid
+    inputs: Grid | None = None
+
+
+def plan(
+    weight: Weight, channels: Channels, rule: ScaleRule, *, input_scales: bool
+) -> Storage | None:
+    """Find the scales of a weight.
+
+    Args:
+        weight: The weight.
+        channels: Which elements share a scale.
+        rule: See `choose`.
+        input_scales: Also a scale for each input channel, but for tables of which rows are
+            taken: those are multiplied each time.
+
+    Returns:
+        How to store it; None if it holds NaN or infinity.
+    """
+    tensor, inputs = weight.tensor, None
+    if input_scales and not any(is_of_rows(use) for use in weight.uses):
+        inputs = loudness(tensor, channels)
+    if inputs is not None:
+        tensor = DerivedTensor(tensor, _REAL, Divide(inputs))
+    grid = choose(tensor, channels, rule)
+    return None if grid is None else Storage(grid, inputs)
+
+
+def store(weight: Weight, storage: Storage, surgery: Surgery) -> ir.TensorProtocol:
     """Store a float32 weight as int8; its readers get integer times scale.
 
     Args:
         weight: The weight.
-        grid: Its scales.
+        storage: Its scales.
         surgery: Adds scales and nodes.
 
     Returns:
         What the stored values stand for, float32.
     """
     assert weight.value is not None, "a stored weight is a value"
-    stored = DerivedTensor(weight.tensor, ir.DataType.INT8, Quantize(grid))
-    scale = surgery.constant(weight, f"{weight.value.name}_scale", grid.scales)
+    name, grid, inputs = weight.value.name, storage.grid, storage.inputs
+    scales = [surgery.constant(weight, f"{name}_scale", grid.scales)]
+    source = weight.tensor
+    if inputs is not None:
+        scales.append(surgery.constant(weight, f"{name}_input_scale", inputs.scales))
+        source = DerivedTensor(source, _REAL, Divide(inputs))
+    stored = DerivedTensor(source, ir.DataType.INT8, Quantize(grid))
     weight.store(stored)
-    widen(weight, _Scaled(scale), surgery)
-    return DerivedTensor(stored, _REAL, Dequantize(grid))
+    widen(weight, _Scaled(tuple(scales)), surgery)
+    decoded = DerivedTensor(stored, _REAL, Dequantize(grid))
+    return decoded if inputs is None else DerivedTensor(decoded, _REAL, Dequantize(inputs))
 
 
 def is_of_rows(use: Use) -> bool:
@@ -48,30 +101,34 @@ def is_of_rows(use: Use) -> bool:
 class _Scaled:
     """int8 for float32: a Cast and a Mul, of the gathered rows where each has a scale."""
 
-    scale: ir.Value
+    scales: tuple[ir.Value, ...]
     word = "int8w"
     dtype = ir.DataType.INT8
 
     def is_behind(self, use: Use) -> bool:
-        assert self.scale.shape is not None, "a constant has a shape"
-        return is_of_rows(use) and all(n == 1 for n in self.scale.shape.numpy()[1:])
+        shape = self.scales[0].shape
+        assert shape is not None, "a constant has a shape"
+        return is_of_rows(use) and all(n == 1 for n in shape.numpy()[1:])
 
     def whole(self, stored: ir.Value, output: str, surgery: Surgery) -> list[ir.Node]:
-        return _times(stored, self.scale, output, surgery)
+        return _times(stored, self.scales, output, surgery)
 
     def taken(self, reader: ir.Node, output: str, surgery: Surgery) -> list[ir.Node]:
         rows, indices = reader.outputs[0], reader.inputs[1]
         name = surgery.weights.unique(f"{output}_row_scale")
-        scales = surgery.node("Gather", [self.scale, indices], name, _REAL)
-        return [scales, *_times(rows, scales.outputs[0], output, surgery)]
+        scale = surgery.node("Gather", [self.scales[0], indices], name, _REAL)
+        return [scale, *_times(rows, scale.outputs, output, surgery)]
 
 
 def _times(
-    integers: ir.Value, scale: ir.Value, output: str, surgery: Surgery
+    integers: ir.Value, scales: Sequence[ir.Value], output: str, surgery: Surgery
 ) -> list[ir.Node]:
-    name = surgery.weights.unique(f"{output}_cast")
-    cast = surgery.node("Cast", [integers], name, _REAL, {"to": _REAL})
-    mul = surgery.node("Mul", [cast.outputs[0], scale], output, _REAL)
-    for node in (cast, mul):
+    """Cast integers and multiply them with one scale after the other."""
+    unique = surgery.weights.unique
+    nodes = [surgery.node("Cast", [integers], unique(f"{output}_cast"), _REAL, {"to": _REAL})]
+    for scale in scales:
+        name = output if scale is scales[-1] else unique(f"{output}_channels")
+        nodes.append(surgery.node("Mul", [nodes[-1].outputs[0], scale], name, _REAL))
+    for node in nodes:
         node.outputs[0].shape = None if integers.shape is None else integers.shape.copy()
-    return [cast, mul]
+    return nodes

@@ -35,8 +35,8 @@ CODES: Mapping[str, str] = {
     " runtimes have a kernel for uint8 only.",
     "OF238": "The number of axes of the activation is not known, and the scales of this weight"
     " broadcast against two and more only: infer shapes first.",
-    "OF239": "The product is computed in another type than float32, its weight is quantized"
-    " already, or both of its operands are constants.",
+    "OF239": "The product is computed in another type than float32, its weight is computed or"
+    " quantized already, or both of its operands are constants.",
     "OF240": "The operator is not among `op_types`.",
     "OF242": "A sum of so many products of 8 bits can exceed 32 bits.",
 }
@@ -156,9 +156,24 @@ class Search:
 def _without_weight(node: ir.Node, operands: Sequence[Operand], weights: Weights) -> Reason:
     if len(operands) > 1:
         return Reason("OF239", "multiplies two constants")
-    if any(weights.behind(value) is not None for value in node.inputs[:2]):
-        return Reason("OF239", "has a weight that is not float32")
+    if any(_is_constant(value, weights) for value in node.inputs[:2]):
+        return Reason("OF239", "has a weight that is no float32 tensor")
     return Reason("OF230", "activation x activation")
+
+
+def _is_constant(value: ir.Value | None, weights: Weights) -> bool:
+    """Whether a value is made from constants alone, by whatever arithmetic."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in seen or weights.of(value) is not None:
+            continue
+        node = value.producer()
+        if node is None or not node.inputs:
+            return False
+        seen.add(value)
+        waiting += node.inputs
+    return True
 
 
 def _other_type(operand: Operand) -> ir.DataType | None:

@@ -198,9 +198,12 @@ class DynamicInt8Pass(Pass):
         for weight, fate in fates.items():
             left = fate.code in LEFT_FLOAT and weight.dtype == ir.DataType.FLOAT
             channels = weight_channels(weight, weights) if left else None
-            if channels and (grid := choose(weight.tensor, channels, self.scale)):
+            if channels is None:
+                continue
+            storage = dequantized.plan(weight, channels, self.scale, input_scales=True)
+            if storage is not None:
                 fates[weight] = treated(weight, "stored as int8, multiplied as float32")
-                dequantized.store(weight, grid, integers.surgery)
+                dequantized.store(weight, storage, integers.surgery)
 
 
 def _told(

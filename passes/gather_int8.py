@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxforge import dequantized
 from onnxforge.core import Effect, Finding, Pass, Result
 from onnxforge.numerics.channels import Channels
-from onnxforge.numerics.int8 import Grid, ScaleRule, choose, rounding
+from onnxforge.numerics.int8 import ScaleRule, rounding
 from onnxforge.options import ByteSize
 from onnxforge.selection import CODES, Selection, skipped, too_old, treated
 from onnxforge.surgery import Surgery
@@ -67,18 +67,18 @@ class PerRowGatherInt8Pass(Pass):
         chosen, findings = selection.split(weights)
         surgery = Surgery(weights)
         decoded: dict[str, ir.TensorProtocol] = {}
-        for weight, grid in zip(chosen, for_each(self._grid, chosen), strict=True):
-            if isinstance(grid, Finding):
-                findings.append(grid)
+        for weight, storage in zip(chosen, for_each(self._storage, chosen), strict=True):
+            if isinstance(storage, Finding):
+                findings.append(storage)
                 continue
             findings.append(treated(weight, "stored as int8"))
-            lost = rounding(weight.tensor, grid)
+            lost = rounding(weight.tensor, storage.grid)
             findings.append(Finding("OF227", weight.where, f"error of the table: {lost}"))
-            decoded[weight.where] = dequantized.store(weight, grid, surgery)
+            decoded[weight.where] = dequantized.store(weight, storage, surgery)
         surgery.settle()
         return Result(model, bool(decoded), {}, tuple(findings), decoded)
 
-    def _grid(self, weight: Weight) -> Grid | Finding:
+    def _storage(self, weight: Weight) -> dequantized.Storage | Finding:
         if (obstacle := too_old(weight, 7, "Mul")) is not None:
             return obstacle
         shape = tuple(weight.tensor.shape.numpy())
@@ -88,6 +88,6 @@ class PerRowGatherInt8Pass(Pass):
             return skipped(weight, "OF225", "no Gather takes rows of it")
         if shape[0] < self.min_rows:
             return skipped(weight, "OF226", f"has fewer rows than {self.min_rows}")
-        return choose(weight.tensor, channels, self.scale) or skipped(
+        return dequantized.plan(weight, channels, self.scale, input_scales=False) or skipped(
             weight, "OF223", "holds NaN or infinity"
         )

@@ -15,11 +15,13 @@ from onnxforge.numerics.streaming import CompensatedSum, Percentiles
 
 __all__ = [
     "Dequantize",
+    "Divide",
     "Grid",
     "Quantize",
     "Rounding",
     "ScaleRule",
     "choose",
+    "loudness",
     "rounding",
     "saturating_pairs",
 ]
@@ -94,8 +96,27 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Divide:
+    """Kernel: floats divided by the scales of a grid, as float32.
+
+    Attributes:
+        grid: The scales.
+    """
+
+    grid: Grid
+
+    def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
+        """Fill ``out``."""
+        np.copyto(out, block)
+        with np.errstate(invalid="ignore"):  # infinity by infinity, which `choose` finds
+            for piece in self.grid.channels.pieces(start, start + len(block)):
+                part = out[piece.start - start : piece.stop - start].reshape(piece.shape)
+                np.divide(part, self.grid.scale[piece.scale], out=part)
+
+
+@dataclass(frozen=True)
 class Dequantize:
-    """Kernel: int8 to the float32 it stands for, one multiplication as runtimes do it.
+    """Kernel: integers or floats times the scales of a grid, as float32.
 
     Attributes:
         grid: The scales.
@@ -156,6 +177,37 @@ def _best_clip(
             total[piece.scale] += np.square(lost).sum(axis=piece.along, keepdims=True)
     best: np.ndarray = clips[errors.argmin(axis=0)]
     return best
+
+
+def loudness(tensor: ir.TensorProtocol, channels: Channels) -> Grid | None:
+    """The root mean square of the weights that one input channel is multiplied with.
+
+    Trained networks keep the weights of a loud input small. To divide by this before weights
+    are rounded keeps the relative error of those weights that of all others.
+
+    Args:
+        tensor: The weight, of any float type.
+        channels: Which elements share a scale; the first axis along which they do is that of
+            the input channels.
+
+    Returns:
+        The root mean squares, to 8 significant bits, so that sums which differ in the last
+        bit give the same on every processor; None where there is one input channel.
+    """
+    axis = channels.shared[0]
+    if channels.shape[axis] == 1:
+        return None
+    inputs = Channels(
+        channels.shape, tuple(i for i in range(len(channels.shape)) if i != axis)
+    )
+    total = np.zeros(inputs.grid)
+    for piece, values in walk(tensor, inputs):
+        squares = np.square(values, dtype=np.float64)
+        total[piece.scale] += squares.sum(axis=piece.along, keepdims=True)
+    mantissa, exponent = np.frexp(np.sqrt(total * channels.shape[axis] / tensor.size))
+    rounded = np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
+    rounded[rounded < _NORMAL] = 1
+    return Grid(inputs, rounded)
 
 
 @dataclass(frozen=True)
