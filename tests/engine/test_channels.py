@@ -199,6 +199,8 @@ def test_each_part_of_a_walk_is_overwritten_by_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lazy, "BLOCK_BYTES", 8)
-    parts = [part for _, part in walk(ir.tensor(np.arange(4.0, dtype="f4")), Channels((4,), ()))]
+    parts = [
+        part for _, part in walk(ir.tensor(np.arange(4.0, dtype="f4")), Channels((4,), ()))
+    ]
     assert len(parts) == 2
     assert np.shares_memory(*parts)
