@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import onnx_ir as ir
 
 from onnxforge import flow
+from onnxforge.dequantized import is_of_rows
 from onnxforge.integer import Product
 from onnxforge.operands import Operand, channel_axes, ends, trace
 from onnxforge.walk import Scope, label
@@ -22,7 +23,7 @@ CODES: Mapping[str, str] = {
     "OF231": "No MatMul, Gemm or Conv that `op_types` names reads the weight.",
     "OF232": "Another operator reads the weight as well and needs it in float32; both forms"
     " would be stored. int8w serves all readers.",
-    "OF233": "A Gather reads the weight as well. gather-int8 stores it as int8 for both,"
+    "OF233": "A Gather reads rows of the weight as well. gather-int8 stores it as int8 for both,"
     " before or after this pass.",
     "OF234": "A Conv that works on each channel alone is slower as integers:"
     " float_depthwise=false rewrites it all the same.",
@@ -184,12 +185,12 @@ def stored_type(
     if weight.dtype == ir.DataType.INT8:
         return Reason("OF237", "is int8 already, uint8 is needed") if needed else "int8"
     rewritten = {(product.node, product.operand.index) for product in products}
+    rows = {(use.node, use.index) for use in weight.uses if is_of_rows(use)}
     for end in ends(weight, weights):
         if end is None:
             return Reason("OF232", "is also a graph output")
-        node, index = end
-        if node.op_type == "Gather" and not node.domain and index == 0:
+        if end in rows and weight.dtype == _REAL:
             return Reason("OF233", "is also read by Gather: add gather-int8")
         if end not in rewritten:
-            return Reason("OF232", "is also read in float32", f"by {node.op_type}")
+            return Reason("OF232", "is also read in float32", f"by {end[0].op_type}")
     return "uint8" if needed else wanted
