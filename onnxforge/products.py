@@ -23,8 +23,8 @@ CODES: Mapping[str, str] = {
     "OF231": "No MatMul, Gemm or Conv that `op_types` names reads the weight.",
     "OF232": "Another operator reads the weight as well and needs it in float32; both forms"
     " would be stored. int8w serves all readers.",
-    "OF233": "A Gather reads rows of the weight as well. gather-int8 stores it as int8 for both,"
-    " before or after this pass.",
+    "OF233": "A Gather reads rows of the weight as well. gather-int8 stores it as int8 for"
+    " both, before or after this pass.",
     "OF234": "A Conv that works on each channel alone is slower as integers:"
     " float_depthwise=false rewrites it all the same.",
     "OF235": "A Conv before all MatMul and Gemm sees the raw signal, which 8 bits destroy:"
