@@ -19,7 +19,8 @@ from onnxforge.products import CODES, LEFT_FLOAT, Candidate, Reason, Search, sto
 from onnxforge.weights import Weights
 
 HEADER = '<ir_version: 9, opset_import: ["" : 18, "org.example" : 1]>\n'
-INPUTS = "(float[n,4] x, float[4,n] z, float[b,4,9] s, float16[n,4] h, int64[n] i, bool q)"
+INPUTS = "(float[n,4] x, float[4,n] z, float[b,4,9] s, float16[n,4] h, int64[n] i,"
+INPUTS += " float[4] one, bool q)"
 
 
 class Case(NamedTuple):
@@ -114,6 +115,7 @@ PAIRS = [
     ("OF238", Case("a = org.example.F(x) y = MatMul(w, a)", W), Case("y = MatMul(w, z)", W)),
     ("OF238", Case("a = org.example.F(x) y = MatMul(a, w)", BATCH),
      Case("a = org.example.F(x) y = MatMul(a, w)", W)),
+    ("OF238", Case("y = MatMul(one, w)", BATCH), Case("y = MatMul(one, w)", W)),
     ("OF239", Case("y = MatMul(h, w)", tensor("w", 4, 4, dtype="float16")),
      Case("t = Cast<to=1>(w) y = MatMul(x, t)", tensor("w", 4, 4, dtype="float16"))),
     ("OF239", Case("t = DequantizeLinear(w, c) y = MatMul(x, t)",
@@ -258,6 +260,14 @@ def test_a_weight_that_is_int8_already_is_multiplied_along_its_scales(
     found, _ = candidates(Case(f"c = Cast<to=1>(w) m = Mul(c, f) {body}", stored))
     reasons = [c.found.code for c in found if isinstance(c.found, Reason)]
     assert reasons == ([code] if code else [])
+
+
+def test_a_weight_that_is_int8_already_keeps_its_channels_without_per_channel() -> None:
+    stored = f"{tensor('w', 4, 4, dtype='int8')}, {tensor('f', 1, 4)}"
+    case = Case("c = Cast<to=1>(w) m = Mul(c, f) y = MatMul(x, m)", stored)
+    (candidate,), _ = candidates(case, per_channel=False)
+    assert isinstance(candidate.found, Product)
+    assert candidate.found.channels.shared == (0,)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -236,6 +236,7 @@ def test_nodes_that_nobody_reads_are_removed_the_last_first() -> None:
     assert dropped(opened("a = Neg(x) b = Exp(a) y = Abs(x)"), "a", "b") == ["y"]
     assert dropped(opened("a = Neg(x) b = Exp(a) y = Abs(x)"), "b", "a") == ["a", "y"]
     assert dropped(opened("a = Neg(x) b = Exp(a) y = Abs(x)"), "a", "b", "a") == ["y"]
+    assert dropped(opened("a = Neg(x) y = Abs(x)"), "a", "a") == ["y"]
 
 
 def test_what_is_read_or_an_output_stays() -> None:
