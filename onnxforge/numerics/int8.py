@@ -137,7 +137,7 @@ def choose(
 
 
 def _scale(largest: np.ndarray, limit: int) -> np.ndarray:
-    scale = np.minimum(largest, _HIGHEST) / np.float32(limit)
+    scale: np.ndarray = np.minimum(largest, _HIGHEST) / np.float32(limit)
     scale[scale < _NORMAL] = 1
     return scale
 
