@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ class Integers:
         self._paths: list[ir.Node] = []
         self._followed: dict[tuple[int, int], ir.Value] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._quantizers = set(_quantizers(weights))
 
     def store(self, weight: Weight, grid: Grid, stored: Literal["int8", "uint8"]) -> None:
         """Store a weight as integers; its products have to be rewritten next."""
@@ -139,7 +140,7 @@ class Integers:
     def _quantized(self, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """uint8, scale and zero point of an activation; quantized once, where it is made."""
         for node, _ in value.uses():
-            if node.op_type == "DynamicQuantizeLinear" and node.graph is value.graph:
+            if node in self._quantizers:
                 quantized, scale, zero = node.outputs
                 return quantized, scale, zero
         unique = self.surgery.weights.unique
@@ -152,6 +153,7 @@ class Integers:
         outputs[0].shape = value.shape
         name = unique(f"{value.name}_DynamicQuantizeLinear")
         node = ir.node("DynamicQuantizeLinear", [value], name=name, outputs=outputs)
+        self._quantizers.add(node)
         graph, producer = value.graph, value.producer()
         assert graph is not None, "an activation belongs to a graph"
         if producer is not None:
@@ -272,3 +274,18 @@ class Integers:
 
 
 _INTEGER = ("ConvInteger", "MatMulInteger")
+
+
+def _quantizers(weights: Weights) -> Iterator[ir.Node]:
+    """Nodes that quantize an activation right where it is made, so before all its readers."""
+    for scope in weights.scopes:
+        maker: ir.Node | None = None
+        for node in scope.graph:
+            if node.op_type != "DynamicQuantizeLinear" or node.domain:
+                maker = node
+                continue
+            value = node.inputs[0] if node.inputs else None
+            if value is None or value.graph is not scope.graph:
+                continue
+            if value.producer() is maker and len(node.outputs) == 3:
+                yield node
