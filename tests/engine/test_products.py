@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import parser
@@ -278,3 +279,59 @@ def test_gather_int8_is_named_only_where_it_helps(axis: int) -> None:
     helps = report.modified
     assert helps == (axis == 0)
     assert given(case) == {"OF233" if helps else "OF232"}
+
+
+# --- quantized activations -----------------------------------------------------------------
+
+
+def quantizers(case: Case) -> list[str]:
+    """What is quantized and what is multiplied in the result, which is valid."""
+    result = model(case)
+    DynamicInt8Pass(min_bytes=ByteSize(0)).apply(result)
+    onnx.checker.check_model(ir.to_proto(result))
+    return [
+        f"{node.op_type} {node.inputs[0].name}"
+        for node in result.graph.all_nodes()
+        if node.op_type in ("DynamicQuantizeLinear", "MatMulInteger") and node.inputs[0]
+    ]
+
+
+Q = "DynamicQuantizeLinear"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (f"d, e, f = {Q}(x) y = MatMul(x, w)", [f"{Q} x", "MatMulInteger d"]),
+        (
+            f"a = Neg(x) d, e, f = {Q}(a) y = MatMul(a, w)",
+            [f"{Q} a", "MatMulInteger d"],
+        ),
+        (
+            f"y = MatMul(x, w) d, e, f = {Q}(x)",
+            [f"{Q} x", "MatMulInteger x_quantized", f"{Q} x"],
+        ),
+        (
+            f"d, e, f = org.example.{Q}(x) y = MatMul(x, w)",
+            [f"{Q} x", f"{Q} x", "MatMulInteger x_quantized"],
+        ),
+        ("a = MatMul(x, w) y = MatMul(x, v)",
+         [f"{Q} x", "MatMulInteger x_quantized", "MatMulInteger x_quantized"]),
+    ],
+)  # fmt: skip
+def test_an_activation_is_quantized_once_and_before_its_readers(
+    body: str, found: list[str]
+) -> None:
+    assert quantizers(Case(body, f"{W}, {V}")) == found
+
+
+@pytest.mark.parametrize(("opset", "code"), [(10, "OF210"), (11, "OF201")])
+def test_a_function_of_an_old_opset_stays(opset: int, code: str) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 11, "local" : 1]>
+g (float[n,2] x) => (float y) {{ y = local.f(x) }}
+<domain: "local", opset_import: ["" : {opset}]> f (u) => (o) {{
+  w = Constant<value = float[2,2] {{1,2,3,4}}>()
+  o = MatMul(u, w)
+}}"""
+    _, report = DynamicInt8Pass(min_bytes=ByteSize(0)).apply(parser.parse_model(text))
+    assert {f.code for f in report.passes[0].findings if f.fate} == {code}
