@@ -106,5 +106,5 @@ def _arguments(
                 continue
             if (producer := value.producer()) is not None:
                 yield producer
-            elif value.graph in owners and value.graph is not graph:
+            elif value.is_graph_input() and value.graph in owners and value.graph is not graph:
                 yield from _arguments(value.graph, owners)

@@ -157,7 +157,8 @@ class Integers:
     def _found(self, value: ir.Value) -> ir.Node | None:
         """What quantizes a value already, taken out of its graph: it may stand too late."""
         for node, _ in value.uses():
-            if node.op_type == "DynamicQuantizeLinear" and node.graph is value.graph:
+            mine = node.op_type == "DynamicQuantizeLinear" and not node.domain
+            if mine and node.graph is value.graph:
                 assert node.graph is not None, "the value has a graph"
                 node.graph.remove(node)
                 return node

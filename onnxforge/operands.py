@@ -131,13 +131,16 @@ def _scaled(
     node: ir.Node, weights: Weights
 ) -> tuple[Weight, Weight, tuple[ir.Node, ...]] | None:
     """The int8 weight and its scale that a Mul restores a float32 weight from, and how."""
-    cast = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if cast is None or cast.op_type != "Cast" or cast.domain:
+    if len(node.inputs) != 2 or node.inputs[0] is None:
         return None
-    weight, scale = weights.of(cast.inputs[0]), weights.of(node.inputs[1])
+    cast, scale = node.inputs[0].producer(), weights.of(node.inputs[1])
+    if cast is None or cast.op_type != "Cast" or cast.domain or len(cast.inputs) != 1:
+        return None
+    weight = weights.of(cast.inputs[0])
     if weight is None or scale is None or weight.dtype != ir.DataType.INT8:
         return None
-    return (weight, scale, (cast, node)) if scale.dtype == ir.DataType.FLOAT else None
+    relied_on = scale.dtype == ir.DataType.FLOAT and not scale.is_overridable
+    return (weight, scale, (cast, node)) if relied_on else None
 
 
 def _shapes(
@@ -168,7 +171,8 @@ def _cast(node: ir.Node, shape: _Shape, weights: Weights) -> _Shape | None:
 
 def _transposed(node: ir.Node, shape: _Shape, weights: Weights) -> _Shape | None:
     order = _order(node, len(shape))
-    return tuple(shape[i] for i in order) if len(order) == len(shape) else None
+    fits = sorted(order) == list(range(len(shape)))
+    return tuple(shape[i] for i in order) if fits else None
 
 
 def _order(node: ir.Node, rank: int) -> tuple[int, ...]:
@@ -191,12 +195,12 @@ def _reshaped(node: ir.Node, shape: _Shape, weights: Weights) -> _Shape | None:
 
 
 def _squeezed(node: ir.Node, shape: _Shape, weights: Weights) -> _Shape | None:
-    if len(node.inputs) < 2 and "axes" not in node.attributes:
+    if not any(node.inputs[1:]) and "axes" not in node.attributes:
         return tuple(n for n in shape if n != 1)
     axes = _numbers(node, "axes", weights)
     if axes is None:
         return None
-    gone = {axis % len(shape) for axis in axes}
+    gone = {axis % max(1, len(shape)) for axis in axes}
     return tuple(n for i, n in enumerate(shape) if i not in gone)
 
 
@@ -204,9 +208,10 @@ def _unsqueezed(node: ir.Node, shape: _Shape, weights: Weights) -> _Shape | None
     axes = _numbers(node, "axes", weights)
     if axes is None:
         return None
-    rank = len(shape) + len(axes)
+    rank, old = len(shape) + len(axes), iter(shape)
     new = {axis % rank for axis in axes}
-    old = iter(shape)
+    if len(new) != len(axes):
+        return None
     return tuple(1 if i in new else next(old) for i in range(rank))
 
 
@@ -226,7 +231,9 @@ def _numbers(node: ir.Node, name: str, weights: Weights) -> list[int] | None:
     if attribute is not None:
         return None if attribute.is_ref() else [int(n) for n in attribute.as_ints()]
     found = weights.of(node.inputs[1]) if len(node.inputs) > 1 else None
-    return None if found is None else [int(n) for n in found.tensor.numpy().reshape(-1)]
+    if found is None or found.is_overridable:
+        return None
+    return [int(n) for n in found.tensor.numpy().reshape(-1)]
 
 
 def _through_reshape(before: _Shape, after: _Shape, axes: _Axes) -> _Axes | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from onnxforge import flow
+from onnxforge.dequantized import is_of_rows
 from onnxforge.integer import Product, Stored
 from onnxforge.operands import Operand, channel_axes, ends, trace
 from onnxforge.walk import Scope, label
@@ -23,8 +24,8 @@ CODES: Mapping[str, str] = {
     "OF231": "No MatMul, Gemm or Conv that `op_types` names reads the weight.",
     "OF232": "Another operator reads the weight as well and needs it in float32; both forms"
     " would be stored. int8w serves all readers.",
-    "OF233": "A Gather reads the weight as well. gather-int8 stores it as int8 for both,"
-    " before or after this pass.",
+    "OF233": "A Gather reads rows of the weight as well. gather-int8 stores it as int8 for"
+    " both, before or after this pass.",
     "OF234": "A Conv that works on each channel alone is slower as integers:"
     " float_depthwise=false rewrites it all the same.",
     "OF235": "A Conv before all MatMul and Gemm sees the raw signal, which 8 bits destroy:"
@@ -45,7 +46,6 @@ CODES: Mapping[str, str] = {
 LEFT_FLOAT = ("OF234", "OF235")
 """Why a product stays that could be rewritten."""
 
-_OPSET = 11  # DynamicQuantizeLinear
 _LONGEST = (2**31 - 1) // (255 * 128)
 _REAL = ir.DataType.FLOAT
 _MATRIX = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul")
@@ -106,9 +106,6 @@ class Search:
         self, node: ir.Node, scope: Scope, position: int, weights: Weights, *, is_front: bool
     ) -> Candidate:
         where = scope.path + label(node, position)
-        if scope.opset_imports.get("", _OPSET) < _OPSET:
-            reason = Reason("OF210", f"DynamicQuantizeLinear needs opset {_OPSET}")
-            return Candidate(node, where, None, reason)
         if node.op_type not in self.op_types:
             reason = Reason("OF240", f"is a {node.op_type}, which op_types leaves out")
             return Candidate(node, where, None, reason)
@@ -208,12 +205,12 @@ def stored_type(
     if weight.dtype == ir.DataType.INT8:
         return Reason("OF237", "is int8 already, uint8 is needed") if needs_uint8 else "int8"
     rewritten = {(product.node, product.operand.index) for product in products}
+    rows = {(use.node, use.index) for use in weight.uses if is_of_rows(use)}
     for end in ends(weight, weights):
         if end is None:
             return Reason("OF232", "is also a graph output")
-        node, index = end
-        if node.op_type == "Gather" and not node.domain and index == 0:
+        if end in rows and weight.dtype == _REAL:
             return Reason("OF233", "is also read by Gather: add gather-int8")
         if end not in rewritten:
-            return Reason("OF232", "is also read in float32", f"by {node.op_type}")
+            return Reason("OF232", "is also read in float32", f"by {end[0].op_type}")
     return "uint8" if needs_uint8 else wanted

@@ -17,7 +17,7 @@ from onnxforge.numerics.int8 import Grid, ScaleRule, choose, saturating_pairs
 from onnxforge.operands import weight_channels
 from onnxforge.options import ByteSize
 from onnxforge.products import LEFT_FLOAT, Candidate, Reason, Search, stored_type
-from onnxforge.selection import Selection, skipped, treated
+from onnxforge.selection import Selection, skipped, too_old, treated
 from onnxforge.walk import Scope
 from onnxforge.weights import Weight, Weights, for_each
 
@@ -175,6 +175,8 @@ class DynamicInt8Pass(Pass):
                 stored = next(iter(reasons), Reason("OF231", "no product reads it"))
             if isinstance(stored, Reason):
                 fates[weight] = skipped(weight, *stored)
+            elif (obstacle := too_old(weight, _OPSET, "DynamicQuantizeLinear")) is not None:
+                fates[weight] = obstacle
             else:
                 plans.append(_Plan(weight, found, stored))
         return plans, fates

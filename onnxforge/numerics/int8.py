@@ -29,6 +29,7 @@ __all__ = [
 ScaleRule = Literal["absmax", "mse"]
 
 _NORMAL = np.float32(2.0**-126)  # the smallest float32 that no processor flushes to zero
+_HIGHEST = np.float32(2.0**128 - 2.0**105)  # 127 times its 127th part is finite still
 _CLIPS = tuple(1 - i / 50 for i in range(21))
 _PERCENTILE_LIMIT = 1 << 16
 _scratch = Scratch()
@@ -157,7 +158,7 @@ def choose(
 
 
 def _scale(largest: np.ndarray, limit: int) -> np.ndarray:
-    scale = largest / np.float32(limit)
+    scale: np.ndarray = np.minimum(largest, _HIGHEST) / np.float32(limit)
     scale[scale < _NORMAL] = 1
     return scale
 

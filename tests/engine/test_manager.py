@@ -23,6 +23,7 @@ from onnxforge.errors import BrokenPass, CheckFailed, ModelError, Refused, SpecE
 from onnxforge.manager import PassManager
 from onnxforge.passes.assert_pure import AssertPureAiOnnx
 from onnxforge.passes.fp16w import WeightsFp16CastPass
+from onnxforge.replay import verify
 from support import fixtures, oracle, payload
 
 Edit = Callable[[ir.Model], Any]
@@ -567,6 +568,137 @@ def test_the_text_of_a_manager_is_its_pipeline() -> None:
 def test_a_wrong_pipeline_is_an_error_at_once() -> None:
     with pytest.raises(SpecError, match="did you mean 'fp16w'"):
         PassManager("fp16")
+
+
+# Passes that run again.
+
+
+class Step(Pass):
+    """Appends its letter where the doc string ends as it wants, once; asks to run again."""
+
+    effect = Effect.APPROX
+
+    def call(self, model: ir.Model) -> Result:
+        before = model.doc_string or ""
+        wanted = before.endswith(self.wants) and self.letter not in before[-1:]
+        if wanted:
+            model.doc_string = before + self.letter
+        again = self.asks and not wanted
+        finding = Finding("OF999", "model", f"{self.letter} saw {before}")
+        return Result(model, wanted, findings=(finding,), again=again)
+
+
+def step(letter: str, wants: str = "", *, asks: bool = False) -> Pass:
+    """A pass that appends its letter behind what it wants, if it has not done so last."""
+
+    class Kind(Step):
+        pass
+
+    Kind.name, Kind.letter, Kind.wants, Kind.asks = f"step-{letter}", letter, wants, asks
+    return Kind()
+
+
+def ran(*steps: Pass) -> tuple[list[str], str, list[bool]]:
+    """The passes in the order of the report, what they wrote, and who changed the model."""
+    log = Log()
+    result, report = PassManager(steps, observers=[log]).apply(proto_of("nameless"))
+    order = [entry.text.removeprefix("step-")[0] for entry in report.passes]
+    told = [name.removeprefix("step-") for event, name, _ in log.entries if event == "after"]
+    assert told == order
+    begun = [name.removeprefix("step-") for event, name, _ in log.entries if event == "before"]
+    assert begun == order
+    modified = [entry.modified for entry in report.passes]
+    made = [letter for letter, changed in zip(order, modified, strict=True) if changed]
+    text = stamps(result).get(PIPELINE, "")
+    assert text.replace("step-", "").replace("{}", "") == ",".join(made)
+    return order, result.doc_string, modified
+
+
+def test_a_pass_that_asks_runs_again_after_a_later_pass_changed_the_model() -> None:
+    order, text, modified = ran(step("a", "b", asks=True), step("b"), step("c"))
+    assert order == ["a", "b", "a", "c"]
+    assert text == "bac"
+    assert modified == [False, True, True, True]
+
+
+def test_a_pass_that_does_not_ask_runs_once() -> None:
+    assert ran(step("a", "b"), step("b")) == (["a", "b"], "b", [False, True])
+
+
+def test_a_pass_does_not_run_again_after_one_that_changed_nothing() -> None:
+    steps = step("a", "c", asks=True), step("b", "never"), step("c"), step("d")
+    assert ran(*steps)[:2] == (["a", "b", "c", "a", "d"], "cad")
+    assert ran(*steps[:2]) == (["a", "b"], "", [False, False])
+
+
+def test_a_pass_does_not_run_again_after_an_earlier_one_or_itself() -> None:
+    assert ran(step("b"), step("a", "never", asks=True))[0] == ["b", "a"]
+    changes = fake(lambda model: Result(model, True, again=True), name="once")
+    _, report = PassManager([changes]).apply(proto_of("nameless"))
+    assert [entry.text for entry in report.passes] == ["once"]
+
+
+def test_a_pass_that_still_asks_runs_after_each_change_that_follows() -> None:
+    steps = step("a", "c", asks=True), step("b"), step("c"), step("d")
+    assert ran(*steps)[:2] == (["a", "b", "a", "c", "a", "d"], "bcad")
+
+
+def test_several_that_ask_run_again_in_order() -> None:
+    steps = step("a", "c", asks=True), step("b", "a", asks=True), step("c")
+    assert ran(*steps)[:2] == (["a", "b", "c", "a", "b"], "cab")
+
+
+def test_two_equal_passes_that_ask_run_again_once() -> None:
+    one = step("a", "b", asks=True)
+    twin = type(one)()
+    assert one == twin
+    assert one is not twin
+    assert ran(one, twin, step("b"))[:2] == (["a", "a", "b", "a"], "ba")
+
+
+def test_a_pass_that_runs_again_is_held_to_its_promises() -> None:
+    def breaks(model: ir.Model) -> Result | None:
+        if not model.doc_string:
+            return Result(model, False, again=True)
+        return renames_an_output(model)
+
+    with pytest.raises(BrokenPass, match="changed the inputs or outputs"):
+        PassManager([fake(breaks), step("b")]).apply(fixtures.built("nameless"))
+
+
+TIED = """<ir_version: 9, opset_import: ["" : 18]>
+g (int64[N] i, float[N,16] x) => (float[N,64] y)
+  <float[64,16] w = {%s}, float[16,16] v = {%s}> {
+  e = Gather(w, i)  s = Add(e, x)  m = MatMul(s, v)  t = Transpose(w)  y = MatMul(m, t)
+}"""
+
+
+def tied() -> onnx.ModelProto:
+    """A table that is also the weight of a product, and a weight of its own."""
+    rng = np.random.default_rng(8)
+    texts = [",".join(map(repr, rng.standard_normal(n).tolist())) for n in (1024, 256)]
+    return parser.parse_model(TIED % tuple(texts))
+
+
+def test_a_pass_that_runs_again_is_in_the_stamp_and_its_replay_is_equal(
+    tmp_path: Path,
+) -> None:
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(tied(), source)
+    report = PassManager("dynamic-int8,gather-int8,assert-pure").run(source, target)
+    names = [entry.text.partition("{")[0] for entry in report.passes]
+    assert names == ["dynamic-int8", "gather-int8", "dynamic-int8", "assert-pure"]
+    assert [entry.modified for entry in report.passes] == [True, True, True, False]
+    pipeline = stamps(onnx.load(target))[PIPELINE]
+    assert pipeline == ",".join(entry.text for entry in report.passes[:3])
+    assert verify(source, target).derived
+    replayed, _ = PassManager(pipeline).apply(tied())
+    assert stamps(replayed)[PIPELINE] == pipeline
+    assert replayed.graph == onnx.load(target).graph
+    other = tmp_path / "other.onnx"
+    PassManager("gather-int8,dynamic-int8").run(source, other)
+    assert onnx.load(other).graph == onnx.load(target).graph
+    assert verify(source, other).derived
 
 
 # Inside onnx_ir.
