@@ -70,6 +70,7 @@ class Integers:
         """Rewrite products of the model of these weights."""
         self.surgery = Surgery(weights)
         self._paths: list[ir.Node] = []
+        self._unread: list[ir.Value | None] = []
         self._followed: dict[tuple[int, int], ir.Value] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
@@ -105,12 +106,16 @@ class Integers:
         zeros = [w_zero, x_zero] if product.is_left else [x_zero, w_zero]
         nodes = self._integer(product, [*operands, *zeros], x_scale, w_scale)
         nodes += self._bias(product, nodes[-1].outputs[0])
+        self._unread += node.inputs[2:]  # where beta is 0
         self._replace(node, [*before, *nodes])
         self._paths += [*product.operand.restored, *product.operand.path]
+        if product.operand.scale is not None:
+            self._unread.append(product.operand.scale.value)
 
     def finish(self) -> None:
         """Remove what nobody reads any more."""
         self.surgery.drop_dead(self._paths)
+        self.surgery.drop_unread(self._unread)
         self.surgery.settle()
 
     def _follow(self, path: Sequence[ir.Node], value: ir.Value) -> ir.Value:
