@@ -84,7 +84,8 @@ class Integers:
 
         The activation is quantized when the model runs, per tensor, to uint8. The order of
         nodes is the one that onnxruntime fuses: the integer product is cast to float32 and
-        multiplied with the product of both scales; bias is added last.
+        multiplied with the product of both scales, or, where the weight is on the left, with
+        one after the other; bias is added last.
 
         Args:
             product: The product; its weight is stored as integers.
@@ -221,8 +222,12 @@ class Integers:
         real = ir.DataType.FLOAT
         cast = make("Cast", integer.outputs, unique(f"{y}_float"), real, {"to": real})
         cast.outputs[0].shape = node.outputs[0].shape
-        scale = make("Mul", [x_scale, w_scale], unique(f"{y}_scale"), real)
-        scaled = make("Mul", [cast.outputs[0], scale.outputs[0]], unique(f"{y}_product"), real)
+        # With a scale for each row, onnxruntime fuses the other order and loses the bias.
+        by_row = product.is_left and w_scale.shape is not None and w_scale.shape.rank() > 0
+        first = [cast.outputs[0], x_scale] if by_row else [x_scale, w_scale]
+        scale = make("Mul", first, unique(f"{y}_scale"), real)
+        second = [scale.outputs[0], w_scale] if by_row else [cast.outputs[0], scale.outputs[0]]
+        scaled = make("Mul", second, unique(f"{y}_product"), real)
         scaled.outputs[0].shape = node.outputs[0].shape
         return [integer, cast, scale, scaled]
 

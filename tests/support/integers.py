@@ -213,7 +213,11 @@ def product(
         integers = matmul(*levels)
     if node.op_type == "MatMul" and activation.ndim == 1:
         scale = scale.reshape(scale.shape[-1] if index else 1)
-    result = integers.astype(np.float32) * (x.scale * scale)
+    result = integers.astype(np.float32)
+    if index == 0 and scale.size > 1:  # scales of rows are multiplied one after the other
+        result = result * x.scale * scale
+    else:
+        result = result * (x.scale * scale)
     return Product(x, w, integers, _with_bias(node, result, inputs[2:]))
 
 
@@ -335,6 +339,8 @@ def _steps(graph: GraphProto, integer: NodeProto) -> dict[str, str]:
     (cast,) = readers[integer.output[0]]
     (scaled,) = readers[cast.output[0]]
     assert (cast.op_type, scaled.op_type) == ("Cast", "Mul")
+    if quantize.output[1] in scaled.input:
+        (scaled,) = readers[scaled.output[0]]
     result = scaled.output[0]
     if result.endswith("_product"):
         (add,) = readers[result]
