@@ -17,7 +17,7 @@ from onnxforge.numerics.int8 import Grid, ScaleRule, choose, saturating_pairs
 from onnxforge.operands import weight_channels
 from onnxforge.options import ByteSize
 from onnxforge.products import LEFT_FLOAT, Candidate, Reason, Search, stored_type
-from onnxforge.selection import Selection, skipped, treated
+from onnxforge.selection import Selection, skipped, too_old, treated
 from onnxforge.walk import Scope
 from onnxforge.weights import Weight, Weights, for_each
 
@@ -167,6 +167,9 @@ class DynamicInt8Pass(Pass):
         for weight in chosen:
             found = [r for r in readers.get(weight, ()) if isinstance(r, Product)]
             reasons = [r for r in readers.get(weight, ()) if isinstance(r, Reason)]
+            if found and (obstacle := too_old(weight, _OPSET, "DynamicQuantizeLinear")):
+                fates[weight] = obstacle
+                continue
             if found:
                 stored = stored_type(weight, found, weights, self.weight_type)
             elif weight.dtype == ir.DataType.INT8:
