@@ -135,7 +135,8 @@ class Integers:
                     value.dtype,
                 )
                 moved.attributes.update(node.attributes)
-                moved.outputs[0].shape = node.outputs[0].shape
+                if value.dtype != ir.DataType.FLOAT:  # scales have another one
+                    moved.outputs[0].shape = node.outputs[0].shape
                 assert node.graph is not None, "the path is part of the model"
                 node.graph.insert_after(node, moved)
                 self._followed[key] = moved.outputs[0]
@@ -189,8 +190,20 @@ class Integers:
         transposed = all(n.op_type == "Transpose" for n in moves)
         if given is not None and node.op_type == "MatMul" and transposed:
             assert given.value is not None, "a scale is a value"
+            activation = product.activation.shape
+            if activation is None or activation.rank() < 2:  # two axes may be one too many
+                return self._flat(node, given.value, weight), zero_point
             return self._follow(moves, given.value), zero_point
         return self._constant(weight, "scale", wide), zero_point
+
+    def _flat(self, reader: ir.Node, scale: ir.Value, beside: Weight) -> ir.Value:
+        """The scales of a matrix without the axis of length one, before their reader."""
+        shape = self._constant(beside, "scale_shape", np.array([-1]))
+        name = self.surgery.weights.unique(f"{scale.name}_flat")
+        flat = self.surgery.node("Reshape", [scale, shape], name, ir.DataType.FLOAT)
+        assert reader.graph is not None, "a product is part of the model"
+        reader.graph.insert_before(reader, flat)
+        return flat.outputs[0]
 
     def _constant(self, beside: Weight, word: str, content: np.ndarray) -> ir.Value:
         key = id(beside), word, content.shape, content.tobytes()
