@@ -274,7 +274,7 @@ def assert_products(
     inputs: Mapping[str, Array],
     rules: Rules = DEFAULT,
 ) -> int:
-    """Fail unless each integer product of the main graph is what the node it replaced asks for.
+    """Fail unless each integer product of the main graph is what the node it replaced wants.
 
     The quantized activation, its scale and zero point, the int32 product and the float32
     result are all equal, bit for bit, to those of the reference, which is fed what the tier
@@ -373,7 +373,9 @@ def changed(model: ModelProto, name: str, change: Callable[[Array], Array]) -> M
     (tensor,) = (t for t in copy.graph.initializer if t.name == name)
     values = numpy_helper.to_array(tensor)
     tensor.CopyFrom(
-        numpy_helper.from_array(np.ascontiguousarray(change(values)).astype(values.dtype), name)
+        numpy_helper.from_array(
+            np.ascontiguousarray(change(values)).astype(values.dtype), name
+        )
     )
     return copy
 

@@ -68,11 +68,11 @@ class Case:
     _nodes: list[NodeProto] = field(default_factory=list)
     _weights: dict[str, Array] = field(default_factory=dict)
 
-    @property
-    def is_worthwhile(self) -> bool:
-        """Whether scales are fewer than elements by half."""
+    def is_worthwhile(self, rules: integers.Rules = integers.DEFAULT) -> bool:
+        """Whether scales are half as many as elements or fewer."""
         axes = integers.summed_axes(self.node, self.index, self.w.ndim)
-        return math.prod(self.w.shape[axis] for axis in axes) >= 2
+        shared = axes if rules.per_channel else range(self.w.ndim)
+        return math.prod(self.w.shape[axis] for axis in shared) >= 2
 
     @property
     def needs_rank(self) -> bool:
