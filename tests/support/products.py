@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,11 @@ class Case:
         """Whether the main graph can and does read the weight as well."""
         return self.tied and self.scope in ("main", "captured", "loop captured")
 
-    def model(self) -> ModelProto:
-        """The model."""
+    def model(self, *, decoded: bool = False) -> ModelProto:
+        """The model; its weight holds what its integers stand for if it is to be decoded."""
+        if decoded:
+            axes = integers.summed_axes(self.node, self.index, self.w.ndim)
+            return replace(self, w=integers.decoded(self.w, axes)).model()
         self._nodes, self._weights = [], {}
         build = {
             "main": self._main,
