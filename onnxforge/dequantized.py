@@ -93,7 +93,9 @@ def is_of_rows(use: Use) -> bool:
     """Whether a use takes slices of the first axis of a table, which may share a scale."""
     node = use.node
     axis = node.attributes.get("axis")
-    first = axis is None or (not axis.is_ref() and axis.as_int() == 0)
+    shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+    zeros = (0,) if shape is None else (0, -shape.rank())
+    first = axis is None or (not axis.is_ref() and axis.as_int() in zeros)
     return node.op_type == "Gather" and not node.domain and use.index == 0 and first
 
 

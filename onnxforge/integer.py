@@ -74,6 +74,7 @@ class Integers:
         self.surgery = Surgery(weights)
         self._unique = weights.unique
         self._left: list[ir.Node] = []
+        self._unread: list[ir.Value | None] = []
         self._moved: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
         self._quantized: dict[ir.Value, ir.Node] = {}
         self._constants: dict[tuple[Weight, str, tuple[int, ...], bytes], ir.Value] = {}
@@ -88,7 +89,8 @@ class Integers:
 
         The activation is quantized when the model runs, per tensor, to uint8. The order of
         nodes is the one that onnxruntime fuses: the integer product is cast to float32 and
-        multiplied with the product of both scales; bias is added last.
+        multiplied with the product of both scales, or, where the weight is on the left, with
+        one after the other; bias is added last.
 
         Args:
             product: The product; its weight is stored as integers.
@@ -109,14 +111,18 @@ class Integers:
         w_scale, w_zero = self._parameters(product, wide)
         zeros = [w_zero, x_zero] if product.is_left else [x_zero, w_zero]
         integer = self._multiply(node, [*factors, *zeros])
-        nodes += [integer, *self._scale(node, integer.outputs[0], x_scale, w_scale)]
+        nodes += [integer, *self._scale(product, integer.outputs[0], x_scale, w_scale)]
         nodes += self._add_bias(product, nodes[-1].outputs[0])
+        self._unread += node.inputs[2:]  # bias, where beta is 0
         self._replace(node, nodes, stands=integer)
+        if operand.scale is not None:
+            self._unread.append(operand.scale.value)
         self._left += [*operand.restored, *operand.path]
 
     def finish(self) -> None:
         """Remove what nobody reads any more."""
         self.surgery.drop_dead(self._left)
+        self.surgery.drop_unread(self._unread)
         self.surgery.settle()
 
     def _move(self, path: Sequence[ir.Node], value: ir.Value) -> ir.Value:
@@ -138,7 +144,8 @@ class Integers:
         assert source is not None, "what moves elements has an input"
         assert source.dtype is not None, "integers have a type"
         made = self.surgery.node(node.op_type, inputs, name, source.dtype)
-        made.outputs[0].shape = node.outputs[0].shape
+        if source.dtype != _REAL:  # scales have another shape
+            made.outputs[0].shape = node.outputs[0].shape
         return made
 
     def _quantize(self, value: ir.Value) -> Sequence[ir.Value]:
@@ -199,8 +206,20 @@ class Integers:
         transposed = all(n.op_type == "Transpose" for n in moves)
         if operand.scale is not None and node.op_type == "MatMul" and transposed:
             assert operand.scale.value is not None, "a scale is a value"
+            activation = product.activation.shape
+            if activation is None or activation.rank() < 2:  # two axes may be one too many
+                return self._flatten(node, operand.scale.value, operand.weight), zero_point
             return self._move(moves, operand.scale.value), zero_point
         return self._constant(operand.weight, "scale", wide), zero_point
+
+    def _flatten(self, reader: ir.Node, scale: ir.Value, beside: Weight) -> ir.Value:
+        """The scales of a matrix without the axis of length one, before their reader."""
+        shape = self._constant(beside, "scale_shape", np.array([-1]))
+        name = self._unique(f"{scale.name}_flat")
+        flat = self.surgery.node("Reshape", [scale, shape], name, _REAL)
+        assert reader.graph is not None, "a product is part of the model"
+        reader.graph.insert_before(reader, flat)
+        return flat.outputs[0]
 
     def _constant(self, beside: Weight, word: str, content: np.ndarray) -> ir.Value:
         key = beside, word, content.shape, content.tobytes()
@@ -220,14 +239,18 @@ class Integers:
         return made
 
     def _scale(
-        self, node: ir.Node, integers: ir.Value, x_scale: ir.Value, w_scale: ir.Value
+        self, product: Product, integers: ir.Value, x_scale: ir.Value, w_scale: ir.Value
     ) -> list[ir.Node]:
-        make, unique, y = self.surgery.node, self._unique, node.outputs[0].name
+        node, make, unique = product.node, self.surgery.node, self._unique
+        y, shape = node.outputs[0].name, node.outputs[0].shape
         cast = make("Cast", [integers], unique(f"{y}_float"), _REAL, {"to": _REAL})
-        scale = make("Mul", [x_scale, w_scale], unique(f"{y}_scale"), _REAL)
-        both = [cast.outputs[0], scale.outputs[0]]
-        scaled = make("Mul", both, unique(f"{y}_scaled"), _REAL)
-        cast.outputs[0].shape = scaled.outputs[0].shape = node.outputs[0].shape
+        # With a scale for each row, onnxruntime fuses the other order and loses the bias.
+        by_row = product.is_left and w_scale.shape is not None and w_scale.shape.rank() > 0
+        first = [cast.outputs[0], x_scale] if by_row else [x_scale, w_scale]
+        scale = make("Mul", first, unique(f"{y}_scale"), _REAL)
+        last = [scale.outputs[0], w_scale] if by_row else [cast.outputs[0], scale.outputs[0]]
+        scaled = make("Mul", last, unique(f"{y}_scaled"), _REAL)
+        cast.outputs[0].shape = scaled.outputs[0].shape = shape
         return [cast, scale, scaled]
 
     def _add_bias(self, product: Product, value: ir.Value) -> list[ir.Node]:

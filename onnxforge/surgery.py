@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from onnxforge.weights import Weight, Weights
 
@@ -72,6 +72,17 @@ class Surgery:
             read = any(o.uses() or self.weights.is_output(o) for o in node.outputs)
             if node.graph is not None and not read:
                 node.graph.remove(node, safe=True)
+
+    def drop_unread(self, constants: Iterable[ir.Value | None]) -> None:
+        """Remove those of the constants that nobody reads and that are no graph input."""
+        for value in constants:
+            weight = self.weights.of(value)
+            if value is None or weight is None or weight.is_overridable or value.uses():
+                continue
+            if weight.node is not None:
+                self.drop_dead([weight.node])
+            elif not self.weights.is_output(value):
+                weight.scope.graph.initializers.pop(value.name or "", None)
 
     def settle(self) -> None:
         """Give initializers their order: companions stand behind their weight.

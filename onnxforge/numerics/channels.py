@@ -76,15 +76,14 @@ class Channels:
         return tuple(1 if shared else n for n, shared in self._axes)
 
     @property
-    def summed(self) -> tuple[int, int, int]:
+    def summed(self) -> tuple[int, int, int] | None:
         """The tensor as (outer, summed, inner), where only the middle axis shares a scale.
 
-        Raises:
-            ValueError: The axes that share a scale are not neighbours.
+        None if the axes that share a scale are not neighbours.
         """
         kinds = [shared for _, shared in self._axes]
         if kinds.count(True) > 1:
-            raise ValueError("the axes that share a scale are not neighbours")
+            return None
         at = kinds.index(True) if True in kinds else len(kinds)
         sizes = [n for n, _ in self._axes]
         return math.prod(sizes[:at]), math.prod(sizes[at : at + 1]), math.prod(sizes[at + 1 :])

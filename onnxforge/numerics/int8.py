@@ -253,8 +253,11 @@ def saturating_pairs(tensor: ir.TensorProtocol, grid: Grid) -> tuple[int, int]:
 
     Args:
         tensor: The weight.
-        grid: Its scales; the axes that share one are neighbours.
+        grid: Its scales. None is counted where the axes that share one are not neighbours,
+            as of a matrix that is transposed and reshaped from more axes.
     """
+    if grid.channels.summed is None:
+        return 0, 0
     outer, summed, inner = grid.channels.summed
     read = reader(DerivedTensor(tensor, ir.DataType.INT8, Quantize(grid)))
     over = 0

@@ -28,9 +28,28 @@ class Crashed(Exception):
     """The runtime killed its process."""
 
 
-def run(model: Model, inputs: Mapping[str, Array], config: Mapping[str, str] = {}) -> Arrays:
-    """Run a model on onnxruntime's CPU provider, one thread, default optimisations."""
+def run(
+    model: Model,
+    inputs: Mapping[str, Array],
+    config: Mapping[str, str] = {},
+    *,
+    optimized: bool = True,
+    keep: Path | None = None,
+) -> Arrays:
+    """Run a model on onnxruntime's CPU provider, one thread, default optimisations.
+
+    Args:
+        model: The model or its path.
+        inputs: Arrays by input name.
+        config: Entries of the session's configuration.
+        optimized: Whether it may fuse nodes; if not, they run as they stand.
+        keep: Where the model that really runs is to be written.
+    """
     options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if keep is not None:
+        options.optimized_model_filepath = str(keep)
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
