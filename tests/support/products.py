@@ -82,7 +82,7 @@ class Case:
     @property
     def inputs(self) -> dict[str, Array]:
         """Inputs of the model."""
-        given = {"x": self.x, "flag": np.array(self.flag), "ids": np.array([0, -1, 1])}
+        given = {"x": self.x, "flag": np.array(self.flag), "ids": np.array([0, -1, 0])}
         if self.c is not None and not self.fixed:
             given["c"] = self.c
         return given
