@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +76,7 @@ class Integers:
         self._left: list[ir.Node] = []
         self._unread: list[ir.Value | None] = []
         self._moved: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
-        self._quantized: dict[ir.Value, ir.Node] = {}
+        self._quantized = dict(_quantizers(weights))
         self._constants: dict[tuple[Weight, str, tuple[int, ...], bytes], ir.Value] = {}
 
     def store(self, weight: Weight, grid: Grid, stored: Stored) -> None:
@@ -153,23 +153,12 @@ class Integers:
         if value not in self._quantized:
             graph, producer = value.graph, value.producer()
             assert graph is not None, "an activation belongs to a graph"
-            node = self._found(value) or self._quantizer(value)
+            node = self._quantized[value] = self._quantizer(value)
             if producer is not None:
                 graph.insert_after(producer, node)
             else:
                 graph.insert_before(graph[0], node)
-            self._quantized[value] = node
         return self._quantized[value].outputs
-
-    def _found(self, value: ir.Value) -> ir.Node | None:
-        """What quantizes a value already, taken out of its graph: it may stand too late."""
-        for node, _ in value.uses():
-            mine = node.op_type == "DynamicQuantizeLinear" and not node.domain
-            if mine and node.graph is value.graph:
-                assert node.graph is not None, "the value has a graph"
-                node.graph.remove(node)
-                return node
-        return None
 
     def _quantizer(self, value: ir.Value) -> ir.Node:
         types = ir.DataType.UINT8, _REAL, ir.DataType.UINT8
@@ -249,7 +238,7 @@ class Integers:
         first = [cast.outputs[0], x_scale] if by_row else [x_scale, w_scale]
         scale = make("Mul", first, unique(f"{y}_scale"), _REAL)
         last = [scale.outputs[0], w_scale] if by_row else [cast.outputs[0], scale.outputs[0]]
-        scaled = make("Mul", last, unique(f"{y}_scaled"), _REAL)
+        scaled = make("Mul", last, unique(f"{y}_product"), _REAL)
         cast.outputs[0].shape = scaled.outputs[0].shape = shape
         return [cast, scale, scaled]
 
@@ -296,3 +285,18 @@ class Integers:
         if is_second and self.surgery.weights.behind(other) is not None:
             node.replace_input_with(0, product)
             node.replace_input_with(1, other)
+
+
+def _quantizers(weights: Weights) -> Iterator[tuple[ir.Value, ir.Node]]:
+    """What quantizes an activation right where it is made, so before all its readers."""
+    for scope in weights.scopes:
+        maker: ir.Node | None = None
+        for node in scope.graph:
+            if node.op_type != "DynamicQuantizeLinear" or node.domain:
+                maker = node
+                continue
+            value = node.inputs[0] if node.inputs else None
+            if value is None or value.graph is not scope.graph:
+                continue
+            if value.producer() is maker and len(node.outputs) == 3:
+                yield value, node

@@ -318,7 +318,7 @@ Q = "DynamicQuantizeLinear"
         ),
         (
             f"y = MatMul(x, w) d, e, f = {Q}(x)",
-            [f"{Q} x", "MatMulInteger d"],
+            [f"{Q} x", "MatMulInteger x_quantized", f"{Q} x"],
         ),
         (
             f"d, e, f = org.example.{Q}(x) y = MatMul(x, w)",

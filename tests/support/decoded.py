@@ -10,13 +10,18 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from support import integers, oracle, places
 
 
-def parent(model: ModelProto, axes: Mapping[str, Iterable[int]]) -> ModelProto:
+def parent(
+    model: ModelProto,
+    axes: Mapping[str, Iterable[int]],
+    rules: integers.Rules = integers.DEFAULT,
+) -> ModelProto:
     """A copy whose weights hold what their integers stand for.
 
     Args:
         model: The model, its weights inside.
         axes: For each weight, by the name of its value in any graph or function, the axes
             along which its elements share a scale.
+        rules: How they are quantized.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -24,7 +29,7 @@ def parent(model: ModelProto, axes: Mapping[str, Iterable[int]]) -> ModelProto:
     for name, tensor in places.tensors(copy):
         if name in axes:
             assert tensor.data_type == TensorProto.FLOAT
-            values = integers.decoded(numpy_helper.to_array(tensor), axes[name])
+            values = integers.decoded(numpy_helper.to_array(tensor), axes[name], rules)
             kept = tensor.name
             tensor.CopyFrom(numpy_helper.from_array(values, kept))
             left.discard(name)

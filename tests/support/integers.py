@@ -36,6 +36,7 @@ class Rules(NamedTuple):
     limit: int = 127
     per_channel: bool = True
     mse: bool = False
+    inputs: bool = False
 
 
 DEFAULT = Rules()
@@ -62,11 +63,25 @@ def quantize_weight(w: Array, shared: Iterable[int], rules: Rules = DEFAULT) -> 
     """
     axes = tuple(shared) if rules.per_channel else tuple(range(w.ndim))
     wide = w.astype(np.float32).astype(np.float64)
+    if rules.inputs:
+        wide = (wide / input_scale(w, axes)).astype(np.float32).astype(np.float64)
     largest = np.abs(wide).max(axis=axes, keepdims=True)
     scale = _scale(largest, rules.limit)
     if rules.mse:
         scale = _least_error(wide, largest, axes, rules.limit)
     return Quantized(_levels(wide, scale, rules.limit).astype(np.int8), scale, np.int8(0))
+
+
+def input_scale(w: Array, shared: Iterable[int]) -> Array:
+    """Root mean square of the weights of each input channel, to 8 significant bits."""
+    axis = next(iter(shared))
+    others = tuple(i for i in range(w.ndim) if i != axis)
+    exact = np.sqrt(np.square(w.astype(np.float64)).mean(axis=others, keepdims=True))
+    if w.shape[axis] == 1:
+        return np.ones(exact.shape, np.float32)
+    step = 2.0 ** (np.floor(np.log2(np.where(exact > 0, exact, 1))) - 7)
+    rounded = (np.rint(exact / step) * step).astype(np.float32)
+    return np.where(rounded < SMALLEST, np.float32(1), rounded)
 
 
 def _scale(largest: Array, limit: int) -> Array:
@@ -95,7 +110,8 @@ def _least_error(wide: Array, largest: Array, axes: tuple[int, ...], limit: int)
 def decoded(w: Array, shared: Iterable[int], rules: Rules = DEFAULT) -> Array:
     """What the integers of a weight stand for."""
     made = quantize_weight(w, shared, rules)
-    return made.values.astype(np.float32) * made.scale
+    outputs = made.values.astype(np.float32) * made.scale
+    return outputs * input_scale(w, shared) if rules.inputs else outputs
 
 
 # Products of integers.
