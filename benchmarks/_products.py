@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,7 +179,7 @@ def show(model: ModelProto, found: list[Product]) -> list[str]:
     return names
 
 
-def wrong(found: list[Product], values: Mapping[str, np.ndarray]) -> Iterator[str]:
+def wrong(found: Sequence[Product], values: Mapping[str, np.ndarray]) -> Iterator[str]:
     """Which products are further from what they have to give than rounding explains."""
     for product in found:
         given, wanted = values[product.target], product.expected(values[product.source])
