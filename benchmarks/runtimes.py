@@ -232,7 +232,9 @@ def multiplied(probe: Probe, inputs: tuple[Path, ...], shown: Path, whole: Outco
             with np.load(path) as sample:
                 wrong += _products.wrong(probe.products, outputs | dict(sample))
     if wrong:
-        return Outcome(f"{len(wrong)} PRODUCTS WRONG", good=False, detail=wrong[0])
+        tried = len(probe.products) * len(inputs)
+        word = f"{len(wrong)} OF {tried} PRODUCTS WRONG"
+        return Outcome(word, good=False, detail=wrong[0])
     if math.isinf(whole.sqnr) and whole.sqnr < 0:
         return Outcome("NOT FINITE", good=False)
     return Outcome(f"{whole.sqnr:.1f} dB", good=True, sqnr=whole.sqnr)
@@ -273,7 +275,7 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> Outcome:
     """Whether all outputs are the same, bit for bit."""
     if wanted.keys() != found.keys():
         return Outcome("DIFFERS", good=False, detail="other outputs")
-    accumulator = Accumulator()
+    everything, floats = Accumulator(), Accumulator()
     for name, reference in wanted.items():
         candidate = found[name]
         kinds = (reference.dtype, reference.shape), (candidate.dtype, candidate.shape)
@@ -283,10 +285,12 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> Outcome:
             if not np.array_equal(reference, candidate):
                 return Outcome("DIFFERS", good=False, detail=f"output {name}: other text")
         else:
-            accumulator.update(reference, candidate)
-    result = accumulator.result()
-    if result.bit_equal:
+            everything.update(reference, candidate)
+            if reference.dtype.kind == "f":
+                floats.update(reference, candidate)
+    if everything.result().bit_equal:
         return Outcome(EQUAL, good=True, sqnr=math.inf)
+    result = floats.result()
     detail = f"max {result.max_abs:.3g}, {result.sqnr_db:.1f} dB"
     sqnr = -math.inf if result.nonfinite_mismatches else result.sqnr_db
     return Outcome("DIFFERS", good=False, detail=detail, sqnr=sqnr)
