@@ -30,6 +30,7 @@ SHARD_BYTES = 1_500_000_000
 READ_BLOCK = 4 * MIB
 FLOOR_BLOCK = 2 * MIB
 KEPT_REASON = 90
+JOBS = ("fp16w", "dynamic-int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +152,21 @@ def _bare_numpy(source: str, target: str) -> None:
             list(pool.map(rewrite, range(0, count, FLOOR_BLOCK // 4)))
 
 
+def _quantize_dynamic(source: str, target: str) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=Path(f"{source}_data").exists(),
+    )
+
+
 # By default both converters infer shapes, which serialises the model: more than 2 GB fail.
-PEERS: dict[str, Callable[[str, str], None]] = {
+HALF_PEERS: dict[str, Callable[[str, str], None]] = {
     "onnxconverter-common float16": _converter_common,
     "onnxconverter-common, no shapes": functools.partial(_converter_common, bare=True),
     "onnxruntime float16": _onnxruntime,
@@ -162,12 +176,18 @@ PEERS: dict[str, Callable[[str, str], None]] = {
     "onnx_ir load + save in shards": _onnx_ir_shards,
     "bare numpy rewrite": _bare_numpy,
 }
+INT8_PEERS: dict[str, Callable[[str, str], None]] = {
+    "onnxruntime quantize_dynamic": _quantize_dynamic,
+}
+PEERS = HALF_PEERS | INT8_PEERS
 
 
-def command(name: str, source: Path, target: Path, options: argparse.Namespace) -> list[str]:
+def command(
+    name: str, source: Path, target: Path, passes: str, options: argparse.Namespace
+) -> list[str]:
     """The command line that makes ``target`` from ``source``."""
     if name == OURS:
-        run = [*options.onnxforge.split(), "run", "--passes", options.passes, "--force"]
+        run = [*options.onnxforge.split(), "run", "--passes", passes, "--force"]
         return [*run, str(source), str(target)]
     if name == COPY:
         data = Path(f"{source}_data")
@@ -230,14 +250,16 @@ def warm(files: list[Path]) -> None:
 
 
 def bench(
-    source: Path, files: list[Path], options: argparse.Namespace
+    source: Path, files: list[Path], passes: str, options: argparse.Namespace
 ) -> dict[str, list[Run]]:
-    """All runs of all commands on one model."""
+    """All runs of all commands that do one job, on one model."""
     output = options.dir / "out"
+    target = output / source.name
     # The first large write after making the input may wait for the disk to grow.
-    measure(command(COPY, source, output / source.name, options), output, options.timeout)
+    measure(command(COPY, source, target, passes, options), output, options.timeout)
     named = options.only.split(",")
-    chosen = [n for n in (OURS, COPY, *PEERS) if any(word in n for word in named)]
+    peers = INT8_PEERS if "int8" in passes else HALF_PEERS
+    chosen = [n for n in (OURS, COPY, *peers) if any(word in n for word in named)]
     runs: dict[str, list[Run]] = {name: [] for name in chosen}
     for round_number in range(max(options.pairs, options.peer_runs)):
         warm(files)
@@ -245,7 +267,7 @@ def bench(
             wanted = options.pairs if name in (OURS, COPY) else options.peer_runs
             if round_number >= wanted or any(run.failure for run in runs[name]):
                 continue
-            arguments = command(name, source, output / source.name, options)
+            arguments = command(name, source, target, passes, options)
             run = measure(arguments, output, options.timeout)
             runs[name].append(run)
             print(f"  {name}: {run.seconds:.2f} s {run.failure}", file=sys.stderr, flush=True)
@@ -304,9 +326,10 @@ def report(options: argparse.Namespace) -> None:
         files = chosen.files(source)
         total = sum(file.stat().st_size for file in files)
         print(f"{name}: {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
-        runs = bench(source, files, options)
-        heading = f"### {name} ({total / 1e6:.0f} MB)"
-        print("\n".join(["", heading, "", *table(runs)]), flush=True)
+        for passes in options.passes or JOBS:
+            runs = bench(source, files, passes, options)
+            heading = f"### {name} ({total / 1e6:.0f} MB), {passes}"
+            print("\n".join(["", heading, "", *table(runs)]), flush=True)
 
 
 def main() -> None:
@@ -321,7 +344,7 @@ def main() -> None:
     add("--pairs", type=int, default=5, help="runs of ours and of cp, in turn")
     add("--peer-runs", type=int, default=1)
     add("--only", default="", help="only commands whose name contains one of these")
-    add("--passes", default="fp16w", help="what onnxforge is to do")
+    add("--passes", action="append", help=f"what onnxforge is to do; {' and '.join(JOBS)}")
     add("--timeout", type=float, default=600, help="seconds for one command")
     add("--onnxforge", default=str(beside), help="the command to measure")
     add("--dir", type=Path, default=Path(tempfile.gettempdir()) / "onnxforge-bench")

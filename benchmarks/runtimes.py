@@ -1,7 +1,13 @@
 """Try tiers beside their parents on many onnxruntime releases, each in an own environment.
 
 Every model runs in a child process, so that a crash is a result like any other. A tier must
-load wherever its parent does and give the same bits.
+load wherever its parent does and give the same bits as the parent whose weights are rounded
+by an independent reference.
+
+A tier that multiplies integers cannot: one ulp of an input moves all layers behind it. Each
+of its products, fed what the runtime itself feeds it, must give what numpy gives, to the
+rounding of floats; and the whole must be finite and as near to float32 as on the newest
+release. On processors without VNNI sums may saturate, and such products do not hold.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import collections
 import dataclasses
 import fnmatch
 import importlib.util
+import math
 import os
 import signal
 import subprocess
@@ -21,9 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import _parents
+import _products
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from onnxforge.errors import CheckFailed, ModelError, Refused
 from onnxforge.manager import PassManager
@@ -34,7 +42,10 @@ ROOT = HERE.parent
 CHILD = HERE / "_ort_child.py"
 LOAD_FAILED, RUN_FAILED = 3, 4
 KEPT_REASON = 150
-HELD = EQUAL, LOADS = "bit-equal", "loads"
+EQUAL, LOADS = "bit-equal", "loads"
+BAND = 3.0  # dB between two releases: the error of a tier, squared, is not twice or half
+ROWS = "gather-int8{min_rows=2}"  # tables of fixtures are small
+PIPELINES = "fp16w", "int8w", ROWS, "dynamic-int8", f"{ROWS},dynamic-int8"
 
 REQUIREMENTS = {
     "1.17": ["onnxruntime==1.17.*", "numpy<2"],
@@ -62,24 +73,41 @@ class Runtime:
 
 
 @dataclasses.dataclass(frozen=True)
+class Probe:
+    """A tier that shows its products.
+
+    Attributes:
+        model: The tier, with what goes into products and comes out as further outputs.
+        outputs: Names of all outputs.
+        products: The products of the main graph.
+    """
+
+    model: Path
+    outputs: list[str]
+    products: list[_products.Product]
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A tier, its parent, and what to feed them.
 
     Attributes:
         name: Heading of the row.
-        parent: The model the tier must equal.
+        parent: The model the tier must equal, or be near to.
         tier: What the pipeline made, None where it made nothing.
         inputs: One archive for each run.
-        halved: Weights that the tier stores as float16 and the parent rounds.
+        changed: How many weights the parent rounds, or products the tier multiplies.
         reason: Why there is no tier.
+        probe: Of a tier that multiplies integers.
     """
 
     name: str
     parent: Path
     tier: Path | None
     inputs: tuple[Path, ...]
-    halved: int = 0
+    changed: str = ""
     reason: str = ""
+    probe: Probe | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +116,15 @@ class Outcome:
 
     Attributes:
         word: The cell of the table.
-        good: Whether the law holds there.
+        good: Whether the law holds there; None where there is nothing to hold.
         detail: The runtime's own words, or how far the outputs lie apart.
+        sqnr: How near to float32, where the law does not ask for the same bits.
     """
 
     word: str
-    good: bool
+    good: bool | None
     detail: str = ""
+    sqnr: float = math.nan
 
 
 def environment(name: str, cache: Path) -> Runtime:
@@ -135,38 +165,21 @@ def make_case(name: str, path: Path, inputs: list[Path], passes: str, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     tier = folder / "tier.onnx"
     try:
-        PassManager(passes).run(path, tier)
+        report = PassManager(passes).run(path, tier)
     except (CheckFailed, ModelError, Refused) as error:
         return Case(name, path, None, tuple(inputs), reason=str(error).splitlines()[0])
-    if "fp16w" not in passes:
-        return Case(name, path, tier, tuple(inputs))
-    parent = folder / "parent.onnx"
-    halved = _round_weights(path, tier, parent)
-    return Case(name, parent, tier, tuple(inputs), halved)
-
-
-def _round_weights(path: Path, tier: Path, target: Path) -> int:
-    """Write the parent, those weights rounded that the tier stores as float16."""
-    oracle = _module(ROOT / "tests/support/oracle.py")
-    model = onnx.load(path)
-    halves = set(_float16_weights(onnx.load(tier, load_external_data=False)))
-    rounded = [name for name in oracle.float_weights(model) if name in halves]
-    onnx.save(oracle.round_weights_fp16(model, rounded), target)
-    return len(rounded)
-
-
-def _float16_weights(model: onnx.ModelProto) -> Iterator[str]:
-    """Names of the float16 initializers and Constants of every graph and function."""
-    scopes: list[Any] = [model.graph, *model.functions]
-    for scope in scopes:
-        for tensor in getattr(scope, "initializer", ()):
-            if tensor.data_type == TensorProto.FLOAT16:
-                yield tensor.name
-        held = [(node, attribute) for node in scope.node for attribute in node.attribute]
-        for node, attribute in held:
-            scopes += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())]
-            if node.op_type == "Constant" and attribute.t.data_type == TensorProto.FLOAT16:
-                yield node.output[0]
+    if not report.modified:
+        return Case(name, path, None, tuple(inputs), reason="is left as it is")
+    model = onnx.load(tier)
+    found, inner = _products.products(model), _products.inner(model)
+    if not found and not inner:
+        parent = folder / "parent.onnx"
+        changed = f"{_parents.write(path, tier, parent)} weights"
+        return Case(name, parent, tier, tuple(inputs), changed)
+    probe = Probe(folder / "probe.onnx", _products.show(model, found), found)
+    onnx.save(model, probe.model)
+    changed = f"{len(found)} products" + (f", {inner} in bodies" if inner else "")
+    return Case(name, path, tier, tuple(inputs), changed, probe=probe)
 
 
 def _module(path: Path) -> Any:
@@ -181,8 +194,7 @@ def _module(path: Path) -> Any:
 
 def judge(case: Case, runtime: Runtime, options: argparse.Namespace) -> Outcome:
     """Run parent and tier on one release and compare their outputs."""
-    if case.tier is None:
-        return Outcome("no tier", good=True, detail=case.reason)
+    assert case.tier is not None, "where there is no tier nothing is tried"
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, "parent.npz"), Path(folder, "tier.npz")]
         models = [case.parent, case.tier]
@@ -191,13 +203,41 @@ def judge(case: Case, runtime: Runtime, options: argparse.Namespace) -> Outcome:
             for model, target in zip(models, files, strict=True)
         )
         if parent.word:
-            return Outcome(f"input itself {parent.word}", good=True, detail=parent.detail)
+            return Outcome(f"input itself {parent.word}", good=None, detail=parent.detail)
         if tier.word:
             return Outcome(f"TIER {tier.word.upper()}", good=False, detail=tier.detail)
         if not case.inputs:
             return Outcome(LOADS, good=True)
         with np.load(files[0]) as wanted, np.load(files[1]) as found:
-            return difference(dict(wanted), dict(found))
+            outcome = difference(dict(wanted), dict(found))
+        if case.probe is None or math.isnan(outcome.sqnr):
+            return outcome
+        shown = Path(folder, "shown.npz")
+        probed = run_child(runtime, case.probe.model, shown, case.inputs, options)
+        if probed.word:
+            return Outcome(f"SHOWN, {probed.word.upper()}", good=False, detail=probed.detail)
+        return multiplied(case.probe, case.inputs, shown, outcome)
+
+
+def multiplied(probe: Probe, inputs: tuple[Path, ...], shown: Path, whole: Outcome) -> Outcome:
+    """Whether all products give what they have to, and the whole is finite."""
+    wrong: list[str] = []
+    with np.load(shown) as found:
+        for number, path in enumerate(inputs):
+            outputs = {
+                name: found[f"{number}-{index}"]
+                for index, name in enumerate(probe.outputs)
+                if f"{number}-{index}" in found  # sequences have a name for each element
+            }
+            with np.load(path) as sample:
+                wrong += _products.wrong(probe.products, outputs | dict(sample))
+    if wrong:
+        tried = len(probe.products) * len(inputs)
+        word = f"{len(wrong)} OF {tried} PRODUCTS WRONG"
+        return Outcome(word, good=False, detail=wrong[0])
+    if math.isinf(whole.sqnr) and whole.sqnr < 0:
+        return Outcome("NOT FINITE", good=False)
+    return Outcome(f"{whole.sqnr:.1f} dB", good=True, sqnr=whole.sqnr)
 
 
 def run_child(
@@ -235,7 +275,7 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> Outcome:
     """Whether all outputs are the same, bit for bit."""
     if wanted.keys() != found.keys():
         return Outcome("DIFFERS", good=False, detail="other outputs")
-    accumulator = Accumulator()
+    everything, floats = Accumulator(), Accumulator()
     for name, reference in wanted.items():
         candidate = found[name]
         kinds = (reference.dtype, reference.shape), (candidate.dtype, candidate.shape)
@@ -245,25 +285,38 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> Outcome:
             if not np.array_equal(reference, candidate):
                 return Outcome("DIFFERS", good=False, detail=f"output {name}: other text")
         else:
-            accumulator.update(reference, candidate)
-    result = accumulator.result()
-    if result.bit_equal:
-        return Outcome(EQUAL, good=True)
+            everything.update(reference, candidate)
+            if reference.dtype.kind == "f":
+                floats.update(reference, candidate)
+    if everything.result().bit_equal:
+        return Outcome(EQUAL, good=True, sqnr=math.inf)
+    result = floats.result()
     detail = f"max {result.max_abs:.3g}, {result.sqnr_db:.1f} dB"
-    return Outcome("DIFFERS", good=False, detail=detail)
+    sqnr = -math.inf if result.nonfinite_mismatches else result.sqnr_db
+    return Outcome("DIFFERS", good=False, detail=detail, sqnr=sqnr)
+
+
+def held_to_newest(row: list[Outcome]) -> list[Outcome]:
+    """Call those outcomes bad that are further from float32, or nearer, than the last."""
+    return [
+        dataclasses.replace(outcome, word=f"{outcome.word}, UNLIKE NEWEST", good=False)
+        if outcome.good and abs(outcome.sqnr - row[-1].sqnr) > BAND
+        else outcome
+        for outcome in row
+    ]
 
 
 def table(cases: list[Case], runtimes: list[Runtime], rows: list[list[Outcome]]) -> list[str]:
     """The markdown table, with the runtimes' own words below it."""
     heads = [f"{runtime.name} ({runtime.version})" for runtime in runtimes]
     lines = [
-        f"| model | fp16 weights | {' | '.join(heads)} |",
+        f"| model | changed | {' | '.join(heads)} |",
         "|---|---:|" + "---|" * len(heads),
     ]
     notes: dict[str, list[str]] = collections.defaultdict(list)
     for case, row in zip(cases, rows, strict=True):
         words = " | ".join(outcome.word for outcome in row)
-        lines.append(f"| {case.name} | {case.halved} | {words} |")
+        lines.append(f"| {case.name} | {case.changed} | {words} |")
         for outcome, runtime in zip(row, runtimes, strict=True):
             if outcome.detail:
                 note = f"* {case.name}, {outcome.word}: {outcome.detail}"
@@ -276,11 +329,17 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--passes", default="fp16w", help="the pipeline that makes the tiers")
+    add("--passes", action="append", help=f"a pipeline that makes tiers; {PIPELINES}")
     add("--runtimes", default=",".join(REQUIREMENTS))
     add("--fixtures", default="*", help="names to try, as a glob; '' for none")
     add("--model", type=Path, action="append", default=[], help="one more model")
-    add("--inputs", type=Path, action="append", default=[], help="its inputs by name, .npz")
+    add(
+        "--inputs",
+        type=Path,
+        action="append",
+        default=[],
+        help="its inputs by name, .npz or a folder",
+    )
     add("--plain", action="store_true", help="with optimization and prepacking off")
     add("--timeout", type=float, default=120, help="seconds for one run")
     add("--workers", type=int, default=os.cpu_count())
@@ -298,26 +357,34 @@ def run(options: argparse.Namespace) -> int:
     if options.setup_only:
         print("\n".join(f"{runtime.name}: {runtime.version}" for runtime in runtimes))
         return 0
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        cases = list(fixture_cases(folder, options.passes, options.fixtures))
-        for number, (model, inputs) in enumerate(
-            zip(options.model, options.inputs, strict=True)
-        ):
-            own = folder / f"model{number}"
-            cases.append(
-                make_case(inputs.stem, model.absolute(), [inputs], options.passes, own)
-            )
-        pairs = [(case, runtime) for case in cases for runtime in runtimes]
-        with ThreadPoolExecutor(options.workers) as pool:
-            results = list(pool.map(lambda pair: judge(*pair, options), pairs))
-    width = len(runtimes)
-    rows = [results[start : start + width] for start in range(0, len(results), width)]
-    print("\n".join(table(cases, runtimes, rows)))
-    held = sum(outcome.word in HELD for outcome in results)
-    bad = sum(not outcome.good for outcome in results)
-    print(f"\n{len(results)} tried, {held} hold, {bad} bad")
-    return 1 if bad or not held else 0
+    totals: collections.Counter[bool | None] = collections.Counter()
+    for passes in options.passes or PIPELINES:
+        with tempfile.TemporaryDirectory() as made:
+            tried = list(chosen_cases(Path(made), passes, options))
+            cases = [case for case in tried if case.tier]
+            pairs = [(case, runtime) for case in cases for runtime in runtimes]
+            with ThreadPoolExecutor(options.workers) as pool:
+                results = list(pool.map(lambda pair: judge(*pair, options), pairs))
+        width = len(runtimes)
+        rows = [
+            held_to_newest(results[start : start + width])
+            for start in range(0, len(results), width)
+        ]
+        left = [f"* {case.name}: {case.reason}" for case in tried if not case.tier]
+        lines = [f"### {passes}", "", *table(cases, runtimes, rows), *left, ""]
+        print("\n".join(lines), flush=True)
+        totals.update(outcome.good for row in rows for outcome in row)
+    print(f"{totals.total()} tried, {totals[True]} hold, {totals[False]} bad")
+    return 1 if totals[False] or not totals[True] else 0
+
+
+def chosen_cases(folder: Path, passes: str, options: argparse.Namespace) -> Iterator[Case]:
+    """The tiers that one pipeline makes of all models."""
+    yield from fixture_cases(folder, passes, options.fixtures)
+    for number, (model, given) in enumerate(zip(options.model, options.inputs, strict=True)):
+        inputs = sorted(given.glob("*.npz")) if given.is_dir() else [given]
+        own = folder / f"model{number}"
+        yield make_case(given.stem, model.absolute(), inputs, passes, own)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
 from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
 from onnxforge.interrupts import Interrupted, interruptible
+from onnxforge.postponed import postponed
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _FAILED_CHECK, _FAILED_RUN, _INTERRUPTED = 1, 2, 130
+# Sums of symbolic dimensions: a fifth of a second for what no command needs.
+_ALGEBRA = "sympy", "onnx_ir._symbolic_shapes"
 _LONGEST, _END = 2000, 500  # characters of a message, and of its end
 
 _EXAMPLES = """\b
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Collecting while modules load, and again at exit, takes a third of a short run.
     gc.disable()
     try:
-        with interruptible():
+        with interruptible(), postponed(*_ALGEBRA):
             sys.exit(_exit_code(arguments))
     except Interrupted as end:  # before the command began, or when it had ended
         sys.exit(end.exit_code)

@@ -1,18 +1,20 @@
-"""The models that clients are tried on: three ways to publish each of some fixtures."""
+"""The models that clients are tried on: the ways to publish each of some fixtures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
+from _products import Product
 from onnx import GraphProto, numpy_helper
 
 from support import fixtures
@@ -31,11 +33,12 @@ class Case:
 
     Attributes:
         name: What the model was made from.
-        kind: How it is published; key of KINDS.
+        kind: How it is published; SHARDED or key of TIERS.
         folder: Holds the model, its data files, the inputs and `job.json`.
         reference: The same values in fp32 and in one file.
         inputs: One archive for each run.
         outputs: Names of the outputs in the order of the graph.
+        products: Products of integers, whose sides are among the outputs.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Case:
     reference: Path
     inputs: tuple[Path, ...]
     outputs: tuple[str, ...]
+    products: tuple[Product, ...] = ()
 
     @property
     def model(self) -> Path:
@@ -61,25 +65,19 @@ def sharded(source: Path, target: Path) -> None:
     _onnxforge("--passes", passes, source, target)
 
 
-def halved(source: Path, target: Path) -> None:
-    """Store the weights as float16."""
-    _onnxforge("--passes", "fp16w", source, target)
-
-
-def halved_beside(source: Path, target: Path) -> None:
-    """Store the weights as float16 in one data file."""
-    _onnxforge("--passes", "fp16w", "--layout", "sidecar", source, target)
-
-
 def _onnxforge(*arguments: str | Path) -> None:
     program = Path(sys.executable).with_name("onnxforge")
     subprocess.run([program, "run", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-KINDS: dict[str, Callable[[Path, Path], None]] = {
-    "fp32 in shards": sharded,
-    "fp16w": halved,
-    "fp16w sidecar": halved_beside,
+SHARDED = "fp32 in shards"
+TIERS = {
+    "fp16w": ("fp16w", "keep"),
+    "fp16w sidecar": ("fp16w", "sidecar"),
+    "int8w": ("int8w", "keep"),
+    "int8w sidecar": ("int8w", "sidecar"),
+    "dynamic-int8": ("dynamic-int8", "keep"),
+    "gather-int8 and dynamic-int8": ("gather-int8{min_rows=2},dynamic-int8", "keep"),
 }
 
 
@@ -104,16 +102,31 @@ def make(source: Path, samples: Samples, folder: Path, runtimes: ModuleType) -> 
         inputs.append(base / f"{number}.npz")
         required: dict[str, Any] = _required(graph, sample)
         np.savez(inputs[-1], **required)
-    tier = runtimes.make_case(name, source, inputs, "fp16w", base)
-    for kind, publish in KINDS.items():
+    outputs = tuple(output.name for output in graph.output)
+    for kind in (SHARDED, *TIERS):
         own = folder / f"{name}-{kind.replace(' ', '-')}"
         own.mkdir()
-        publish(source, own / MODEL)
-        reference = source if publish is sharded else tier.parent
-        outputs = tuple(output.name for output in graph.output)
-        case = Case(name, kind, own, reference, tuple(inputs), outputs)
+        case = Case(name, kind, own, source, tuple(inputs), outputs)
+        if kind == SHARDED:
+            sharded(source, own / MODEL)
+        else:
+            tier = runtimes.make_case(name, source, inputs, TIERS[kind][0], base / kind)
+            case = _published(case, tier)
         _write_job(case)
         yield case
+
+
+def _published(case: Case, tier: Any) -> Case:
+    """Publish a tier; one that multiplies integers shows what goes into its products."""
+    if tier.probe is not None:
+        shutil.copy(tier.probe.model, case.model)
+        products, outputs = tuple(tier.probe.products), tuple(tier.probe.outputs)
+        return dataclasses.replace(
+            case, reference=case.model, outputs=outputs, products=products
+        )
+    passes, layout = TIERS[case.kind]
+    _onnxforge("--passes", passes, "--layout", layout, case.reference, case.model)
+    return dataclasses.replace(case, reference=tier.parent)
 
 
 def _required(graph: GraphProto, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
