@@ -45,11 +45,13 @@ class Grid:
         channels: Which elements share a scale.
         scale: float32 of shape ``channels.grid``.
         limit: Largest integer: 127, or 64 where two products must fit into 16 bits.
+        clips: Whether some elements are beyond that.
     """
 
     channels: Channels
     scale: np.ndarray
     limit: int = 127
+    clips: bool = True
 
     @property
     def scales(self) -> np.ndarray:
@@ -90,7 +92,8 @@ class Quantize:
             part = levels[here].reshape(piece.shape)
             np.divide(block[here].reshape(piece.shape), grid.scale[piece.scale], out=part)
         np.rint(levels, out=levels)
-        np.clip(levels, -grid.limit, grid.limit, out=levels)
+        if grid.clips:
+            np.clip(levels, -grid.limit, grid.limit, out=levels)
         if self.zero_point:
             np.add(levels, np.float32(self.zero_point), out=levels)
         np.copyto(out, levels, casting="unsafe")
@@ -154,7 +157,7 @@ def choose(
         return None
     if rule == "mse":
         largest = largest * _best_clip(tensor, channels, largest, limit)
-    return Grid(channels, _scale(largest, limit), limit)
+    return Grid(channels, _scale(largest, limit), limit, clips=rule == "mse")
 
 
 def _scale(largest: np.ndarray, limit: int) -> np.ndarray:
@@ -260,15 +263,17 @@ def saturating_pairs(tensor: ir.TensorProtocol, grid: Grid) -> tuple[int, int]:
         return 0, 0
     outer, summed, inner = grid.channels.summed
     read = reader(DerivedTensor(tensor, ir.DataType.INT8, Quantize(grid)))
-    over = 0
+    over, levels, sums = 0, Scratch(), Scratch()
     for start, stop, rows in _whole_pairs(outer, summed, inner):
-        content = np.empty(stop - start, np.uint8)
+        content = levels.take(stop - start)
         read(start, content)
-        levels = content.view(np.int8)
-        np.abs(levels, out=levels)  # at most 127
+        np.abs(content.view(np.int8), out=content.view(np.int8))  # at most 127
         pairs = content.reshape(-1, rows, inner)
         even, odd = pairs[:, 0 : rows - 1 : 2], pairs[:, 1:rows:2]
-        over += int(np.count_nonzero(even + odd > 128))
+        total = sums.take(even.size).reshape(even.shape)
+        np.add(even, odd, out=total)
+        np.greater(total, 128, out=total.view(np.bool_))
+        over += int(np.count_nonzero(total))
     return over, outer * (summed // 2) * inner
 
 
