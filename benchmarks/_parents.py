@@ -38,19 +38,27 @@ def write(source: Path, tier: Path, target: Path) -> int:
             if kind == TensorProto.FLOAT16:
                 rounded = oracle.rounded_fp16(values)
             else:
-                pattern = re.compile(rf"{re.escape(name)}_scale(_\d+)?")
-                (scale,) = filter(pattern.fullmatch, added)
-                rounded = rounded_int8(values, numpy_helper.to_array(stored[scale][0]))
+                scales = [
+                    numpy_helper.to_array(stored[found][0])
+                    for kind in ("scale", "input_scale")
+                    for found in added
+                    if re.fullmatch(rf"{re.escape(name)}_{kind}(_\d+)?", found)
+                ]
+                rounded = rounded_int8(values, *scales)
             put(numpy_helper.from_array(rounded, tensor.name))
             count += 1
     onnx.save(model, target)
     return count
 
 
-def rounded_int8(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return float32 values that went through int8."""
-    levels = np.clip(np.rint(values / scale), -LARGEST, LARGEST)
-    return levels.astype(np.int8).astype(np.float32) * scale
+def rounded_int8(
+    values: np.ndarray, scale: np.ndarray, inputs: np.ndarray | None = None
+) -> np.ndarray:
+    """Return float32 values that went through int8, divided by a scale of inputs if any."""
+    divided = values if inputs is None else values / inputs
+    levels = np.clip(np.rint(divided / scale), -LARGEST, LARGEST)
+    outputs = levels.astype(np.int8).astype(np.float32) * scale
+    return outputs if inputs is None else outputs * inputs
 
 
 def _scopes(model: ModelProto) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""All models that onnx tests its backends with come through a pass that changes nothing."""
+"""Models that onnx tests its backends with come through a pass that changes nothing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from onnx import ModelProto
 from support import fixtures, protos, unchanged
 
 
-def test_every_backend_model_stays_equal(
+def test_every_eighth_backend_model_stays_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # half of the time, on a slow disk
     found = {
         name: unchanged.from_file_to_file(path, tmp_path)
-        for name, path in unchanged.backend_models(tmp_path)
+        for name, path in islice(unchanged.backend_models(tmp_path), 0, None, 8)
     }
-    assert len(found) > 1500  # 2,033 of onnx 1.23
+    assert len(found) > 190  # of 2,033 with onnx 1.23; `make fidelity` takes them all
     assert {name: told for name, told in found.items() if told != unchanged.EQUAL} == {}
 
 

@@ -1,0 +1,207 @@
+"""What a model's activations look like, in a form that adds up exactly and takes no room."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxforge.errors import DataError
+from onnxforge.numerics.histogram import Histogram, RangeMethod
+
+__all__ = ["ROWS", "ActivationStats", "Statistics", "sample_key"]
+
+ROWS: Final = 256
+"""Rows of an activation that are kept."""
+
+_Floats = npt.NDArray[np.float32]
+_Keys = npt.NDArray[np.uint64]
+
+
+@dataclass
+class ActivationStats:
+    """Statistics of one activation, channel by channel.
+
+    Statistics of two sets of samples merge to those of both, bit for bit, in any order.
+
+    Attributes:
+        channel_axis: The axis of the activation that a product sums over.
+        low: Least value of each channel, float32; +infinity where there was none.
+        high: Largest value of each channel; -infinity where there was none.
+        count: Number of rows seen: all of the activation but for its channels.
+        histogram: Of all values.
+        keys: Of the rows that are kept, uint64, ascending.
+        rows: Those rows, float32 of keys by channels: the ones with the least keys, which
+            are a random choice of all rows that does not depend on their order.
+    """
+
+    channel_axis: int
+    low: _Floats
+    high: _Floats
+    count: int = 0
+    histogram: Histogram = field(default_factory=Histogram)
+    keys: _Keys = field(default_factory=lambda: np.empty(0, np.uint64))
+    rows: _Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    limit: int = ROWS
+
+    @classmethod
+    def empty(cls, channel_axis: int, channels: int, limit: int = ROWS) -> ActivationStats:
+        """Statistics of nothing yet.
+
+        Args:
+            channel_axis: The axis of channels.
+            channels: How many there are.
+            limit: Most rows to keep.
+        """
+        low = np.full(channels, np.inf, np.float32)
+        rows = np.empty((0, channels), np.float32)
+        return cls(channel_axis, low, -low, rows=rows, limit=limit)
+
+    def add(self, values: _Floats, key: int) -> None:
+        """Take in one value of the activation.
+
+        Args:
+            values: float32, of any rank; channels are along ``channel_axis``.
+            key: What tells the sample from all others, see `sample_key`.
+
+        Raises:
+            DataError: A value is NaN or infinite, or there are other channels than before.
+        """
+        rows = np.moveaxis(values, self.channel_axis, -1)
+        if rows.shape[-1] != len(self.low):
+            raise DataError(f"has {rows.shape[-1]} channels, not {len(self.low)}")
+        rows = rows.reshape(-1, len(self.low))
+        if not rows.size:
+            return
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise DataError("holds NaN or infinity")
+        np.minimum(self.low, low, out=self.low)
+        np.maximum(self.high, high, out=self.high)
+        self.histogram.add(rows)
+        self.count += len(rows)
+        keys = _row_keys(key, len(rows))
+        kept = np.argsort(keys, kind="stable")[: self.limit]
+        self._keep(keys[kept], rows[kept])
+
+    def merge(self, other: ActivationStats) -> None:
+        """Take in all that another one has seen; it stays as it is.
+
+        Raises:
+            DataError: The two are not of one activation, or keep another number of rows.
+        """
+        if (self.channel_axis, len(self.low)) != (other.channel_axis, len(other.low)):
+            raise DataError("has other channels")
+        if self.limit != other.limit:
+            raise DataError(f"keeps {other.limit} rows, not {self.limit}")
+        np.minimum(self.low, other.low, out=self.low)
+        np.maximum(self.high, other.high, out=self.high)
+        self.histogram.merge(other.histogram)
+        self.count += other.count
+        self._keep(other.keys, other.rows)
+
+    def _keep(self, keys: _Keys, rows: _Floats) -> None:
+        """Of the rows kept so far and these, keep those with the least keys."""
+        both = np.concatenate([self.keys, keys])
+        kept = np.argsort(both, kind="stable")[: self.limit]
+        self.keys = both[kept]
+        self.rows = np.concatenate([self.rows, rows])[kept]
+
+    def range(self, method: RangeMethod, percent: float = 99.999) -> tuple[float, float]:
+        """A range for all channels together; zero is always inside.
+
+        Args:
+            method: ``minmax``, or what the histogram gives.
+            percent: Of ``percentile``: how many percent of the values are inside.
+
+        Returns:
+            The least and the largest value that 8 bits are to hold.
+        """
+        low = min(0.0, float(self.low.min(initial=0)))
+        high = max(0.0, float(self.high.max(initial=0)))
+        match method:
+            case "minmax":
+                return low, high
+            case "percentile":
+                left, right = self.histogram.percentile(percent)
+                return max(low, left), min(high, right)
+            case "mse":
+                return self.histogram.mse(low, high)
+            case "entropy":
+                return self.histogram.entropy(low, high)
+
+
+@dataclass
+class Statistics:
+    """Statistics of the activations of a model.
+
+    Attributes:
+        digest: SHA-256 of what computes them: nodes, attributes and weights.
+        activations: By the name of the value.
+        samples: How many samples went in.
+    """
+
+    digest: str
+    activations: dict[str, ActivationStats]
+    samples: int = 0
+
+    def merge(self, other: Statistics) -> None:
+        """Take in all that another one has seen; it stays as it is.
+
+        Raises:
+            DataError: The two are not of one model, or not of the same activations.
+        """
+        if self.digest != other.digest:
+            raise DataError("is of another model")
+        if odd := sorted(self.activations.keys() ^ other.activations.keys()):
+            raise DataError(f"only one of the two knows {odd[0]!r}")
+        for name, stats in self.activations.items():
+            try:
+                stats.merge(other.activations[name])
+            except DataError as error:
+                raise DataError(f"activation {name!r} {error}") from None
+        self.samples += other.samples
+
+
+def sample_key(feeds: Mapping[str, np.ndarray]) -> int:
+    """64 bits that tell a sample from others by what is in it, not by its name or place."""
+    sha = hashlib.sha256()
+    for name in sorted(feeds):
+        array = np.ascontiguousarray(feeds[name])
+        sha.update(f"{name}:{array.dtype.str}{array.shape}".encode())
+        sha.update(array.data if array.size else b"")
+    return int.from_bytes(sha.digest()[:8], "little")
+
+
+def _row_keys(key: int, count: int) -> _Keys:
+    """A hash of the sample and the number of each row.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number
+    Generators, OOPSLA 2014) on a Weyl sequence that starts at the sample's key.
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def merged(all_statistics: Iterable[Statistics]) -> Statistics:
+    """The statistics of several runs as those of one.
+
+    Raises:
+        DataError: See `Statistics.merge`; or there are none.
+    """
+    statistics = iter(all_statistics)
+    first = next(statistics, None)
+    if first is None:
+        raise DataError("there are no statistics")
+    for other in statistics:
+        first.merge(other)
+    return first
