@@ -28,7 +28,7 @@ from onnxforge.weights import Weights
 if TYPE_CHECKING:
     from onnxforge.core import Pass, Result
 
-__all__ = ["Witness", "digest", "payloads"]
+__all__ = ["Witness", "content", "digest", "payloads"]
 
 _Arrays = Mapping[str, np.ndarray]
 _SIZES = (8, 16, 64, 1, 3, 128)  # lengths to try for open axes
@@ -53,6 +53,11 @@ def payloads(model: ir.Model) -> list[tuple[str, str]]:
         else:
             found.append((weight.where, sha256(weight.tensor)))
     return sorted(found)
+
+
+def content(model: ir.Model) -> str:
+    """SHA-256 of the graph, the functions and the bytes of all weights, wherever they lie."""
+    return hashlib.sha256(_graph(model) + repr(payloads(model)).encode()).hexdigest()
 
 
 def _graph(model: ir.Model) -> bytes:

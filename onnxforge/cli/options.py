@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import OnnxforgeError, SpecError
 
-__all__ = ["FORMAT", "PATH", "writable", "write_text"]
+__all__ = ["FORMAT", "PATH", "pair", "run_options", "sample_options", "writable", "write_text"]
 
 PATH = click.Path(path_type=Path, readable=False)  # we say ourselves what is wrong with it
 FORMAT = click.option(
@@ -19,6 +20,60 @@ FORMAT = click.option(
     show_default=True,
     help="What to print on stdout.",
 )
+
+
+_SAMPLES = (
+    click.option(
+        "--data", multiple=True, type=PATH, help="Samples: .npz, .npy, sound, folders."
+    ),
+    click.option("--preprocessor", type=PATH, help="Model that makes the inputs from sound."),
+    click.option(
+        "--seconds", type=float, help="Length of the windows that sound is cut into."
+    ),
+    click.option(
+        "--rate", type=int, default=16000, show_default=True, help="Of sound, in Hz."
+    ),
+    click.option("--random", "count", type=int, default=0, help="Draw so many samples."),
+    click.option("--seed", type=int, default=0, help="Of the samples drawn."),
+    click.option("--size", multiple=True, metavar="AXIS=N", help="Length of an open axis."),
+    click.option("--cache", type=click.Choice(["empty", "filled"]), help="KV inputs drawn."),
+)
+_RUN = (
+    click.option("--provider", multiple=True, help="Execution provider, preferred first."),
+    click.option(
+        "--threads", type=int, default=1, show_default=True, help="0: all there are."
+    ),
+    click.option("--timeout", type=float, metavar="SECONDS", help="For loading and each run."),
+)
+
+
+def sample_options(command: Any) -> Any:
+    """Options that say where samples come from."""
+    for option in reversed(_SAMPLES):
+        command = option(command)
+    return command
+
+
+def run_options(command: Any) -> Any:
+    """Options that say how a model is run."""
+    for option in reversed(_RUN):
+        command = option(command)
+    return command
+
+
+def pair(option: str, text: str, default: int | None = None) -> tuple[str, int]:
+    """A name and a number.
+
+    Raises:
+        SpecError: The text is none.
+    """
+    name, found, number = text.rpartition("=")
+    if not found and default is not None:
+        return text, default
+    try:
+        return name, int(number)
+    except ValueError:
+        raise SpecError(f"{option} {text}: wanted NAME=NUMBER") from None
 
 
 def writable(

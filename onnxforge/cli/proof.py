@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from onnxforge.cli.options import FORMAT, PATH, writable, write_text
-from onnxforge.errors import CheckFailed, SpecError
+from onnxforge.cli.options import (
+    FORMAT,
+    PATH,
+    pair,
+    run_options,
+    sample_options,
+    writable,
+    write_text,
+)
+from onnxforge.errors import CheckFailed
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
@@ -44,20 +52,11 @@ def _gate_options(command: Any) -> Any:
 @click.command()
 @click.argument("reference", type=PATH, required=False)
 @click.argument("candidate", type=PATH, required=False)
-@click.option("--data", multiple=True, type=PATH, help="Samples: .npz, .npy, sound, folders.")
-@click.option("--preprocessor", type=PATH, help="Model that makes the inputs from sound.")
-@click.option("--seconds", type=float, help="Length of the windows that sound is cut into.")
-@click.option("--rate", type=int, default=16000, show_default=True, help="Of sound, in Hz.")
-@click.option("--random", "count", type=int, default=0, help="Draw so many samples.")
-@click.option("--seed", type=int, default=0, help="Of the samples drawn.")
-@click.option("--size", multiple=True, metavar="AXIS=N", help="Length of an open axis.")
-@click.option("--cache", type=click.Choice(["empty", "filled"]), help="KV inputs drawn.")
+@sample_options
 @click.option("--argmax", multiple=True, metavar="OUTPUT[=AXIS]", help="Compare choices.")
 @click.option("--top", type=int, default=5, show_default=True, help="Best choices compared.")
 @click.option("--localize", is_flag=True, help="Find the values where error enters.")
-@click.option("--provider", multiple=True, help="Execution provider, preferred first.")
-@click.option("--threads", type=int, default=1, show_default=True, help="0: all there are.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="For loading and each run.")
+@run_options
 @click.option(
     "--text", "texts", nargs=2, type=PATH, help="Also, or only: two .jsonl of texts."
 )
@@ -115,10 +114,10 @@ def compare(
             raise click.UsageError("give REFERENCE and CANDIDATE, or --text REF HYP")
         _show(Document(None, text=told), style, output)
         return
-    sizes = dict(_pair("--size", text) for text in size)
+    sizes = dict(pair("--size", text) for text in size)
     options = Options(
         Setup(provider or Setup.providers, threads, timeout=timeout),
-        argmax=dict(_pair("--argmax", text, default=-1) for text in argmax),
+        argmax=dict(pair("--argmax", text, default=-1) for text in argmax),
         top=top,
         gates=_gates((max_abs, min_sqnr, min_cosine, max_argmax_rate)),
         localize=localize,
@@ -143,16 +142,6 @@ def _gates(given: Sequence[Sequence[str]]) -> list[Gate]:
 
     named = zip(_GATES, given, strict=True)
     return [Gate.parse(cast("Any", name), text) for name, texts in named for text in texts]
-
-
-def _pair(option: str, text: str, default: int | None = None) -> tuple[str, int]:
-    name, found, number = text.rpartition("=")
-    if not found and default is not None:
-        return text, default
-    try:
-        return name, int(number)
-    except ValueError:
-        raise SpecError(f"{option} {text}: wanted NAME=NUMBER") from None
 
 
 def _compared_texts(reference: Path, candidate: Path) -> TextEvidence:

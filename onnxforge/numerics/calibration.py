@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,6 +37,7 @@ class ActivationStats:
         keys: Of the rows that are kept, uint64, ascending.
         rows: Those rows, float32 of keys by channels: the ones with the least keys, which
             are a random choice of all rows that does not depend on their order.
+        limit: Most rows to keep.
     """
 
     channel_axis: int
@@ -142,29 +143,32 @@ class Statistics:
     Attributes:
         digest: SHA-256 of what computes them: nodes, attributes and weights.
         activations: By the name of the value.
-        samples: How many samples went in.
+        samples: The keys of the samples that went in.
     """
 
     digest: str
     activations: dict[str, ActivationStats]
-    samples: int = 0
+    samples: set[int] = field(default_factory=set)
 
     def merge(self, other: Statistics) -> None:
         """Take in all that another one has seen; it stays as it is.
 
         Raises:
-            DataError: The two are not of one model, or not of the same activations.
+            DataError: The two are not of one model, not of the same activations, or have a
+                sample in common, which would count twice.
         """
         if self.digest != other.digest:
             raise DataError("is of another model")
         if odd := sorted(self.activations.keys() ^ other.activations.keys()):
             raise DataError(f"only one of the two knows {odd[0]!r}")
+        if both := self.samples & other.samples:
+            raise DataError(f"{len(both)} samples are in both")
         for name, stats in self.activations.items():
             try:
                 stats.merge(other.activations[name])
             except DataError as error:
                 raise DataError(f"activation {name!r} {error}") from None
-        self.samples += other.samples
+        self.samples |= other.samples
 
 
 def sample_key(feeds: Mapping[str, np.ndarray]) -> int:
@@ -190,18 +194,3 @@ def _row_keys(key: int, count: int) -> _Keys:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
-
-
-def merged(all_statistics: Iterable[Statistics]) -> Statistics:
-    """The statistics of several runs as those of one.
-
-    Raises:
-        DataError: See `Statistics.merge`; or there are none.
-    """
-    statistics = iter(all_statistics)
-    first = next(statistics, None)
-    if first is None:
-        raise DataError("there are no statistics")
-    for other in statistics:
-        first.merge(other)
-    return first

@@ -33,9 +33,7 @@ class Histogram:
         counts: How many values are in each, int64 of 2 * BINS.
     """
 
-    def __init__(
-        self, exponent: int = _LEAST_EXPONENT, counts: _Counts | None = None
-    ) -> None:
+    def __init__(self, exponent: int = _LEAST_EXPONENT, counts: _Counts | None = None) -> None:
         """Start empty, or with counts."""
         self.exponent = exponent
         self.counts = np.zeros(2 * BINS, np.int64) if counts is None else counts
@@ -53,7 +51,7 @@ class Histogram:
     @property
     def middles(self) -> npt.NDArray[np.float64]:
         """The middle of each bin."""
-        return (np.arange(-BINS, BINS) + 0.5) * self.width
+        return np.ldexp(np.arange(-BINS, BINS, dtype=np.float64) + 0.5, self.exponent)
 
     def add(self, values: npt.NDArray[np.float32]) -> None:
         """Take in finite values."""
@@ -114,7 +112,7 @@ class Histogram:
                 lost = values - _quantized(values, low * left, high * right)
                 error = float((counts * np.square(lost)).sum())
                 if error < best:
-                    best, found = error, (low * left, high * right)
+                    best, found = error, (float(low * left), float(high * right))
         return found
 
     def entropy(self, low: float, high: float) -> tuple[float, float]:
@@ -127,7 +125,7 @@ class Histogram:
         values, counts = self._occupied()
         best, found = np.inf, (low, high)
         for cut in _CUTS:
-            ends = low * cut, high * cut
+            ends = float(low * cut), float(high * cut)
             divergence = _divergence(values, counts, *ends)
             if divergence < best:
                 best, found = divergence, ends

@@ -45,8 +45,9 @@ def _serve() -> None:
     seconds = time.perf_counter() - start
     providers = session.get_providers()
     answer({"version": onnxruntime.__version__, "providers": providers, "seconds": seconds})
-    names = [output.name for output in session.get_outputs()]
+    everything = [output.name for output in session.get_outputs()]
     for order in orders:
+        names = order["wanted"] or everything
         feeds = {
             name: _value(onnxruntime, numpy.load(path), element_type)
             for name, (path, element_type) in order["feeds"].items()
