@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ import onnx_ir as ir
 from onnxforge import laws
 from onnxforge.compare.pieces import Pieces
 from onnxforge.compare.samples import Data, Sample, fit, samples
-from onnxforge.errors import DataError, Refused
+from onnxforge.errors import DataError, Refused, RuntimeFailed
 from onnxforge.integer import Product
 from onnxforge.model_io import load
 from onnxforge.numerics.calibration import ROWS, ActivationStats, Statistics, sample_key
@@ -31,7 +33,7 @@ Progress = Callable[[int, Statistics], None]
 """Told how many samples are done, and what is known so far."""
 
 _BUDGET = 256 << 20  # bytes that what is watched at a time should take
-_FIRST = 4  # activations watched at a time before their sizes are known
+_FIRST = 4  # activations watched at a time before the size of any is known
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Options:
     """How to calibrate.
 
     Attributes:
-        setup: How the model is run.
+        setup: How the model is run; always unoptimized, see `calibrate`.
         op_types: Products whose activations are watched.
         rows: Most rows of each activation to keep.
     """
@@ -118,13 +120,16 @@ def calibrate(
 
     The model runs in a process of its own. What is watched comes back through disk and is
     dropped when it was counted: memory is bounded by what one sample needs, however many
-    there are. A sample that comes twice counts once.
+    there are. What is too much at a time is watched in groups, each by a piece of the model
+    that makes nothing else. The runtime fuses no nodes, or values would depend on the group.
+    A sample that comes twice counts once.
 
     Args:
         model: The model, float32.
         data: The samples, of any lengths, or where they come from.
         options: How to calibrate.
-        known: Statistics to go on from; samples in them are passed over.
+        known: Statistics to go on from, which stay as they are; samples in them are passed
+            over.
         progress: Called after each sample.
 
     Raises:
@@ -132,20 +137,21 @@ def calibrate(
         DataError: There are no samples, one does not fit the model, or an activation holds
             NaN or infinity.
         Refused: The model has no product whose activation can be watched, or ``known`` is
-            of another model.
+            of another model or keeps another number of rows.
         RuntimeFailed: onnxruntime is missing, or does not run the model.
     """
     wanted = options or Options()
     loaded = load(model, editable=False)
     watched = watches(loaded, wanted.op_types)
     if not watched:
-        raise Refused(f"{model}: no {' or '.join(wanted.op_types)} multiplies an activation")
-    digest = laws.content(loaded)
+        products = " or ".join(wanted.op_types)
+        raise Refused(f"{model}: no {products} multiplies a float32 activation with a weight")
     fresh = {w.name: _empty(w, wanted.rows) for w in watched}
-    found = known or Statistics(digest, fresh)
-    if found.digest != digest or found.activations.keys() != fresh.keys():
-        raise Refused(f"{model}: the statistics are of another model or other products")
-    drawn = samples(loaded, data) if isinstance(data, Data) else iter(data)
+    found = Statistics(laws.content(loaded), fresh)
+    if known is not None:
+        _go_on(found, known, model)
+    timeout = wanted.setup.timeout
+    drawn = samples(loaded, data, timeout=timeout) if isinstance(data, Data) else iter(data)
     with (
         tempfile.TemporaryDirectory(prefix="onnxforge-") as folder,
         _Run(loaded, watched, wanted.setup, Path(folder)) as run,
@@ -163,41 +169,47 @@ def _empty(watch: Watch, rows: int) -> ActivationStats:
     return ActivationStats.empty(watch.channel_axis, watch.channels, rows)
 
 
+def _go_on(found: Statistics, known: Statistics, model: str | os.PathLike[str]) -> None:
+    try:
+        found.merge(known)
+    except DataError as error:
+        raise Refused(f"{model}: cannot go on from these statistics: {error}") from None
+
+
 class _Run:
-    """A model that is open and shows its activations, a group of them at a time."""
+    """Runs a model so that it shows its activations, a group of them at a time."""
 
     def __init__(
         self, model: ir.Model, watched: Sequence[Watch], setup: Setup, folder: Path
     ) -> None:
         self._model = model
         self._folder = folder
+        self._setup = dataclasses.replace(setup, optimization="none")
         self._sizes: dict[str, float] = {}
-        pieces = Pieces(model)
-        inputs = {
+        self._pieces = Pieces(model)
+        self._types = {
             v.name or "": v.dtype or ir.DataType.FLOAT
             for v in model.graph.inputs
             if not v.is_initializer()
         }
         # What depends on no input is a constant, and no sample tells more of it.
-        made = {w.name: w.name for w in watched if w.name in pieces.made}
-        self._made = list(made)
-        self._fed = [w.name for w in watched if w.name in inputs]
-        path = folder / "watching.onnx"
-        proto, self._inputs = pieces.piece(made, inputs)
-        path.write_bytes(proto.SerializeToString())
-        self._session = Session(path, folder, setup, data=pieces.folder)
+        self._made = [w.name for w in watched if w.name in self._pieces.made]
+        self._fed = [w.name for w in watched if w.name in self._types]
+        self._group: Sequence[str] = ()
+        self._session: Session | None = None
+        self._inputs: set[str] = set()
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> _Run:
-        self._session.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._session.__exit__()
+        self._open.close()
 
     def count(self, sample: Sample, found: Statistics) -> None:
         """Run a sample and count what it gives, if it is new."""
         fitted = fit(sample, self._model)
-        for name in fitted.keys() & self._model.graph.initializers.keys():
+        for name in fitted.keys() - self._types.keys():
             raise DataError(f"{sample.name}: input {name!r} has a value in the model")
         key = sample_key(fitted)
         if key in found.samples:
@@ -205,11 +217,11 @@ class _Run:
         feeds = write_all(self._folder, "feed-", fitted)
         size = sum(array.nbytes for array in fitted.values())
         fed = {name: feeds[name] for name in self._fed}
-        for name, file in itertools.chain(fed.items(), self._watched(feeds, size)):
-            try:
-                found.activations[name].add(file.open(), key)
-            except DataError as error:
-                raise DataError(f"{sample.name}: activation {name!r} {error}") from None
+        try:
+            for name, file in itertools.chain(fed.items(), self._watched(feeds, size)):
+                _add(found, name, file, key)
+        except (DataError, RuntimeFailed) as error:
+            raise type(error)(f"{sample.name}: {error}") from None
         found.samples.add(key)
         for file in feeds.values():
             file.path.unlink()
@@ -218,20 +230,46 @@ class _Run:
         self, feeds: Mapping[str, ArrayFile], size: int
     ) -> Iterator[tuple[str, ArrayFile]]:
         """What the model makes of a sample, group by group; each is gone with the next."""
-        given = {name: feeds[name] for name in self._inputs}
         left = self._made
         while left:
-            group = self._group(left, size)
+            group = self._next(left, size)
             left = left[len(group) :]
-            for name, file in self._session.run(given, group).items():
+            session = self._opened(group)
+            for name, file in session.run(
+                {name: feeds[name] for name in self._inputs}
+            ).items():
                 # As long as the sample, so that the next one's can be told.
                 self._sizes[name] = file.path.stat().st_size / max(1, size)
                 yield name, file
                 file.path.unlink()
 
-    def _group(self, names: Sequence[str], size: int) -> Sequence[str]:
+    def _next(self, names: Sequence[str], size: int) -> Sequence[str]:
         """As many activations as should fit into the budget, at least one."""
-        if any(name not in self._sizes for name in names):
+        if not self._sizes:
             return names[:_FIRST]
-        sums = itertools.accumulate(self._sizes[name] * size for name in names)
+        unknown = max(self._sizes.values())
+        sums = itertools.accumulate(self._sizes.get(name, unknown) * size for name in names)
         return names[: max(1, sum(total <= _BUDGET for total in sums))]
+
+    def _opened(self, group: Sequence[str]) -> Session:
+        """A session that makes a group of activations; one is open at a time.
+
+        A runtime keeps every output until the end of a run, whoever asks for it: the others
+        must not be outputs.
+        """
+        if self._session is None or group != self._group:
+            self._open.close()
+            path = self._folder / "watching.onnx"
+            proto, self._inputs = self._pieces.piece({n: n for n in group}, self._types)
+            path.write_bytes(proto.SerializeToString())
+            session = Session(path, self._folder, self._setup, data=self._pieces.folder)
+            self._session = self._open.enter_context(session)
+            self._group = group
+        return self._session
+
+
+def _add(found: Statistics, name: str, file: ArrayFile, key: int) -> None:
+    try:
+        found.activations[name].add(file.open(), key)
+    except DataError as error:
+        raise DataError(f"activation {name!r} {error}") from None

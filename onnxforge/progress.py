@@ -7,10 +7,12 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from onnxforge.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["progress"]
+__all__ = ["counted", "progress"]
 
 
 class _Phases:
@@ -53,8 +55,6 @@ def progress(name: str) -> Iterator[tuple[_Phases, Callable[[int, int], None]]]:
         transient=True,
     )
     task = bar.add_task(name, total=None)
-    timer = threading.Timer(1.0, bar.start)
-    timer.start()
 
     def show(phase: str) -> None:
         bar.update(task, description=f"{name}: {phase}")
@@ -62,8 +62,42 @@ def progress(name: str) -> Iterator[tuple[_Phases, Callable[[int, int], None]]]:
     def advance(written: int, total: int) -> None:
         bar.update(task, advance=written, total=total)
 
-    try:
+    with _shown(bar):
         yield _Phases(show), advance
+
+
+@contextlib.contextmanager
+def counted(name: str, things: str) -> Iterator[Callable[[int], None]]:
+    """A count for work of more than a second, on a terminal only.
+
+    Args:
+        name: What is worked on.
+        things: What is counted.
+
+    Yields:
+        What is told how many there are so far.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    text = TextColumn(
+        "{task.description}: {task.completed} {task.fields[things]}", markup=False
+    )
+    bar = Progress(SpinnerColumn(), text, console=Console(stderr=True), transient=True)
+    task = bar.add_task(printable(name), total=None, things=things)
+    with _shown(bar):
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextlib.contextmanager
+def _shown(bar: Any) -> Iterator[None]:
+    timer = threading.Timer(1.0, bar.start)
+    timer.start()
+    try:
+        yield
     finally:
         timer.cancel()
         bar.stop()

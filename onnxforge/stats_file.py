@@ -11,10 +11,11 @@ import numpy as np
 
 from onnxforge.errors import DataError, OnnxforgeError
 from onnxforge.numerics.calibration import ActivationStats, Statistics
-from onnxforge.numerics.histogram import BINS, Histogram
+from onnxforge.numerics.histogram import BINS, LEAST_EXPONENT, Histogram
 
 __all__ = ["read_statistics", "write_statistics"]
 
+_DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
 _FORMAT = "onnxforge statistics 1"
 _ARRAYS = {
     "low": np.float32,
@@ -59,8 +60,9 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OnnxforgeError(f"{path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -77,36 +79,68 @@ def read_statistics(path: Path) -> Statistics:
     try:
         with library.safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {}).get("onnxforge", "{}"))
-            if about.get("format") != _FORMAT:
+            if not isinstance(about, dict) or about.get("format") != _FORMAT:
                 raise DataError(f"{path}: holds no statistics that this version knows")
             told = about["activations"]
-            samples = {int(key) for key in file.get_tensor("samples")}
+            samples = set(map(int, _array(file, "samples", np.uint64)))
             activations = {one["name"]: _read(file, i, one) for i, one in enumerate(told)}
-            return Statistics(about["digest"], activations, samples)
+            if len(activations) < len(told):
+                raise ValueError("two activations have one name")
+            return Statistics(str(about["digest"]), activations, samples)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: damaged statistics: {error}") from None
+    except (library.SafetensorError, *_DAMAGE) as error:
+        why = " ".join(str(error).split())
+        raise DataError(f"{path}: damaged statistics: {why}") from None
 
 
 def _read(file: Any, number: int, told: dict[str, Any]) -> ActivationStats:
-    arrays = {word: file.get_tensor(f"{number:05}.{word}") for word in _ARRAYS}
-    for word, dtype in _ARRAYS.items():
-        if arrays[word].dtype != dtype:
-            raise ValueError(f"{word} of {told['name']!r} is {arrays[word].dtype}")
-    low, high, counts, keys, rows = arrays.values()
-    fits = low.ndim == 1 and low.shape == high.shape and counts.shape == (2 * BINS,)
-    if not fits or rows.shape != (*keys.shape, *low.shape):
-        raise ValueError(f"shapes of {told['name']!r} disagree")
-    return ActivationStats(
-        int(told["channel_axis"]),
+    low, high, counts, keys, rows = (
+        _array(file, f"{number:05}.{word}", dtype) for word, dtype in _ARRAYS.items()
+    )
+    found = ActivationStats(
+        _number(told, "channel_axis"),
         low,
         high,
-        int(told["count"]),
-        Histogram(int(told["exponent"]), counts),
+        _number(told, "count"),
+        Histogram(_number(told, "exponent"), counts),
         keys,
         rows,
-        int(told["limit"]),
+        _number(told, "limit"),
+    )
+    if not isinstance(told["name"], str) or not _is_sound(found):
+        raise ValueError(f"what is told of {told['name']!r} does not go together")
+    return found
+
+
+def _array(file: Any, name: str, dtype: Any) -> np.ndarray:
+    found: np.ndarray = file.get_tensor(name)
+    if found.dtype != dtype:
+        raise ValueError(f"{name} is {found.dtype}")
+    return found
+
+
+def _number(told: dict[str, Any], word: str) -> int:
+    if type(told[word]) is not int:
+        raise ValueError(f"{word} is {told[word]!r}")
+    return int(told[word])
+
+
+def _is_sound(stats: ActivationStats) -> bool:
+    """Whether all parts are of one activation."""
+    low, high, counts, keys = stats.low, stats.high, stats.histogram.counts, stats.keys
+    shapes = [low.shape, high.shape, counts.shape, keys.shape, stats.rows.shape]
+    kept, channels = min(stats.count, stats.limit), low.size
+    if shapes != [(channels,), (channels,), (2 * BINS,), (kept,), (kept, channels)]:
+        return False
+    ends = (low <= high) & np.isfinite(low) & np.isfinite(high)
+    return bool(
+        LEAST_EXPONENT <= stats.histogram.exponent <= -LEAST_EXPONENT
+        and (ends if stats.count else np.isneginf(high) & np.isposinf(low)).all()
+        and (counts >= 0).all()
+        and stats.histogram.total == stats.count * channels
+        and (keys[1:] >= keys[:-1]).all()
+        and np.isfinite(stats.rows).all()
     )
 
 

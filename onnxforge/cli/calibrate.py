@@ -10,9 +10,12 @@ import click
 
 from onnxforge.cli.options import PATH, pair, run_options, sample_options, writable
 from onnxforge.errors import DataError, OnnxforgeError
+from onnxforge.progress import counted
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from onnxforge.compare.samples import Cache
     from onnxforge.numerics.calibration import Statistics
 
@@ -63,24 +66,27 @@ def calibrate(
     """Run MODEL on samples and write statistics of what its products multiply.
 
     Ranges by channel, a histogram, and rows chosen by a hash: those of two runs merge to those
-    of one over both. What is there so far is written every half a minute, for --resume.
+    of one over both; a sample that comes twice counts once. What is there so far is written
+    every half a minute, for --resume.
     """
     from onnxforge.calibrate import Options
     from onnxforge.calibrate import calibrate as calibrated
     from onnxforge.compare.samples import Data
     from onnxforge.runtime.session import Setup
-    from onnxforge.stats_file import read_statistics, write_statistics
+    from onnxforge.stats_file import write_statistics
 
+    if output.exists() and model.exists() and output.samefile(model):
+        raise OnnxforgeError(f"{output}: is the model")
     if output.exists() and not (force or resume):
         raise OnnxforgeError(f"{output}: is there already; --resume goes on, --force replaces")
-    known = read_statistics(output) if resume and output.exists() else None
-    others = [(path, read_statistics(path)) for path in merge]
+    known = _merged([*([output] if resume and output.exists() else []), *merge])
     sizes = dict(pair("--size", text) for text in size)
     samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
     saved = time.monotonic()
 
     def progress(done: int, found: Statistics) -> None:
         nonlocal saved
+        show(done)
         if time.monotonic() - saved > _SAVE_EVERY:
             write_statistics(found, output)
             saved = time.monotonic()
@@ -88,14 +94,27 @@ def calibrate(
     options = Options(
         Setup(provider or Setup.providers, threads, timeout=timeout), op_types, rows
     )
-    found = calibrated(model, samples, options, known=known, progress=progress)
-    for path, other in others:
+    with counted(model.name, "samples") as show:
+        found = calibrated(model, samples, options, known=known, progress=progress)
+    write_statistics(found, output)
+    click.echo("\n".join(map(printable, _told(model, output, found))))
+
+
+def _merged(paths: Sequence[Path]) -> Statistics | None:
+    """What is in files together."""
+    from onnxforge.stats_file import read_statistics
+
+    found: Statistics | None = None
+    for path in paths:
+        other = read_statistics(path)
+        if found is None:
+            found = other
+            continue
         try:
             found.merge(other)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
-    write_statistics(found, output)
-    click.echo("\n".join(map(printable, _told(model, output, found))))
+    return found
 
 
 def _told(model: Path, output: Path, found: Statistics) -> list[str]:

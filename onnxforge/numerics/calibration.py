@@ -18,6 +18,7 @@ __all__ = ["ROWS", "ActivationStats", "Statistics", "sample_key"]
 ROWS: Final = 256
 """Rows of an activation that are kept."""
 
+_ZERO: Final = np.float32(0)
 _Floats = npt.NDArray[np.float32]
 _Keys = npt.NDArray[np.uint64]
 
@@ -66,19 +67,20 @@ class ActivationStats:
         """Take in one value of the activation.
 
         Args:
-            values: float32, of any rank; channels are along ``channel_axis``.
+            values: float32 or narrower, of any rank; channels are along ``channel_axis``.
             key: What tells the sample from all others, see `sample_key`.
 
         Raises:
             DataError: A value is NaN or infinite, or there are other channels than before.
         """
-        rows = np.moveaxis(values, self.channel_axis, -1)
+        rows = np.moveaxis(np.asarray(values, np.float32), self.channel_axis, -1)
         if rows.shape[-1] != len(self.low):
             raise DataError(f"has {rows.shape[-1]} channels, not {len(self.low)}")
         rows = rows.reshape(-1, len(self.low))
         if not rows.size:
             return
-        low, high = rows.min(axis=0), rows.max(axis=0)
+        # Of the two zeros, the one that comes first would win: -0 + 0 is 0.
+        low, high = rows.min(axis=0) + _ZERO, rows.max(axis=0) + _ZERO
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise DataError("holds NaN or infinity")
         np.minimum(self.low, low, out=self.low)
@@ -95,15 +97,23 @@ class ActivationStats:
         Raises:
             DataError: The two are not of one activation, or keep another number of rows.
         """
-        if (self.channel_axis, len(self.low)) != (other.channel_axis, len(other.low)):
-            raise DataError("has other channels")
-        if self.limit != other.limit:
-            raise DataError(f"keeps {other.limit} rows, not {self.limit}")
+        self.check(other)
         np.minimum(self.low, other.low, out=self.low)
         np.maximum(self.high, other.high, out=self.high)
         self.histogram.merge(other.histogram)
         self.count += other.count
         self._keep(other.keys, other.rows)
+
+    def check(self, other: ActivationStats) -> None:
+        """Refuse what cannot be merged.
+
+        Raises:
+            DataError: As `merge` does.
+        """
+        if (self.channel_axis, len(self.low)) != (other.channel_axis, len(other.low)):
+            raise DataError("has other channels")
+        if self.limit != other.limit:
+            raise DataError(f"keeps {other.limit} rows, not {self.limit}")
 
     def _keep(self, keys: _Keys, rows: _Floats) -> None:
         """Of the rows kept so far and these, keep those with the least keys."""
@@ -121,7 +131,12 @@ class ActivationStats:
 
         Returns:
             The least and the largest value that 8 bits are to hold.
+
+        Raises:
+            DataError: ``percent`` is none of 0 to 100.
         """
+        if not 0 <= percent <= 100:
+            raise DataError(f"percent: wanted 0 to 100, not {percent}")
         low = min(0.0, float(self.low.min(initial=0)))
         high = max(0.0, float(self.high.max(initial=0)))
         match method:
@@ -153,21 +168,28 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Take in all that another one has seen; it stays as it is.
 
+        Where all its samples are known already, nothing changes.
+
         Raises:
-            DataError: The two are not of one model, not of the same activations, or have a
-                sample in common, which would count twice.
+            DataError: The two are not of one model, not of the same activations, or have some
+                samples in common, which would count twice; nothing changed.
         """
         if self.digest != other.digest:
             raise DataError("is of another model")
         if odd := sorted(self.activations.keys() ^ other.activations.keys()):
             raise DataError(f"only one of the two knows {odd[0]!r}")
-        if both := self.samples & other.samples:
-            raise DataError(f"{len(both)} samples are in both")
+        both = self.samples & other.samples
+        if 0 < len(both) < len(other.samples):
+            raise DataError(f"{len(both)} of its {len(other.samples)} samples are known")
         for name, stats in self.activations.items():
             try:
-                stats.merge(other.activations[name])
+                stats.check(other.activations[name])
             except DataError as error:
                 raise DataError(f"activation {name!r} {error}") from None
+        if both:
+            return
+        for name, stats in self.activations.items():
+            stats.merge(other.activations[name])
         self.samples |= other.samples
 
 
@@ -175,9 +197,10 @@ def sample_key(feeds: Mapping[str, np.ndarray]) -> int:
     """64 bits that tell a sample from others by what is in it, not by its name or place."""
     sha = hashlib.sha256()
     for name in sorted(feeds):
-        array = np.ascontiguousarray(feeds[name])
-        sha.update(f"{name}:{array.dtype.str}{array.shape}".encode())
-        sha.update(array.data if array.size else b"")
+        array = feeds[name]
+        sha.update(f"{name}:{array.dtype.name}{array.shape}".encode())
+        # As bytes: types that numpy lacks have no buffer.
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return int.from_bytes(sha.digest()[:8], "little")
 
 

@@ -7,16 +7,20 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BINS", "Histogram", "RangeMethod"]
+__all__ = ["BINS", "LEAST_EXPONENT", "Histogram", "RangeMethod"]
 
 RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
 
 BINS: Final = 2048
 """Bins on each side of zero."""
 
+LEAST_EXPONENT: Final = -160
+"""Of the width of a bin: float32 has nothing that small."""
+
 _LEVELS: Final = 255  # steps between the least and the largest of 8 bits
-_LEAST_EXPONENT: Final = -160  # of the width of a bin: float32 has nothing that small
-_CUTS: Final = np.linspace(1.0, 0.25, 31)
+# Of a range, to try. Below, 8 bits have more levels than the part has bins.
+_CUTS: Final = np.geomspace(1.0, 1 / 16, 41)
+_BLOCK: Final = 1 << 18  # values counted at a time
 _Counts = npt.NDArray[np.int64]
 
 
@@ -33,7 +37,7 @@ class Histogram:
         counts: How many values are in each, int64 of 2 * BINS.
     """
 
-    def __init__(self, exponent: int = _LEAST_EXPONENT, counts: _Counts | None = None) -> None:
+    def __init__(self, exponent: int = LEAST_EXPONENT, counts: _Counts | None = None) -> None:
         """Start empty, or with counts."""
         self.exponent = exponent
         self.counts = np.zeros(2 * BINS, np.int64) if counts is None else counts
@@ -61,9 +65,11 @@ class Histogram:
         if largest > 0:
             _, exponent = np.frexp(largest)  # largest < 2 ** exponent
             self.widen(int(exponent) - (BINS.bit_length() - 1))
-        scaled = np.floor(np.ldexp(values.astype(np.float64), -self.exponent))
-        bins = scaled.astype(np.int64).ravel() + BINS
-        self.counts += np.bincount(bins, minlength=2 * BINS)
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            block = flat[start : start + _BLOCK].astype(np.float64)
+            bins = np.floor(np.ldexp(block, -self.exponent)).astype(np.int64) + BINS
+            self.counts += np.bincount(bins, minlength=2 * BINS)
 
     def widen(self, exponent: int) -> None:
         """Make bins at least two to the power of ``exponent`` wide."""
@@ -83,7 +89,7 @@ class Histogram:
         self.counts += twin.counts
 
     def percentile(self, percent: float) -> tuple[float, float]:
-        """A range that leaves out less than ``100 - percent`` percent of the values.
+        """A range that leaves out at most ``100 - percent`` percent of the values.
 
         Half of those may lie at each end. The ends are those of bins, zero is always inside.
         """
@@ -91,7 +97,7 @@ class Histogram:
         if not len(places):
             return 0.0, 0.0
         below = self.counts.cumsum()
-        left_out = (1 - percent / 100) / 2 * below[-1]
+        left_out = (100 - percent) / 200 * below[-1]
         first = int(np.searchsorted(below, left_out, side="right"))
         above = self.counts[::-1].cumsum()
         last = 2 * BINS - 1 - int(np.searchsorted(above, left_out, side="right"))

@@ -45,22 +45,26 @@ def _serve() -> None:
     seconds = time.perf_counter() - start
     providers = session.get_providers()
     answer({"version": onnxruntime.__version__, "providers": providers, "seconds": seconds})
-    everything = [output.name for output in session.get_outputs()]
     for order in orders:
-        names = order["wanted"] or everything
-        feeds = {
-            name: _value(onnxruntime, numpy.load(path), element_type)
-            for name, (path, element_type) in order["feeds"].items()
-        }
-        start = time.perf_counter()
-        values = session.run_with_ort_values(names, feeds)
-        seconds = time.perf_counter() - start
-        outputs = {}
-        for i, (name, value) in enumerate(zip(names, values, strict=True)):
-            if value.is_tensor() and (array := _array(numpy, value)).dtype != object:
-                outputs[name] = f"{order['prefix']}{i}.npy", value.data_type()[7:-1]
-                numpy.save(outputs[name][0], array)
-        answer({"seconds": seconds, "outputs": outputs})
+        answer(_run(numpy, onnxruntime, session, order))
+
+
+def _run(numpy: Any, onnxruntime: Any, session: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Run once; a function, so that nothing of a run is in memory during the next."""
+    names = [output.name for output in session.get_outputs()]
+    feeds = {
+        name: _value(onnxruntime, numpy.load(path), element_type)
+        for name, (path, element_type) in order["feeds"].items()
+    }
+    start = time.perf_counter()
+    values = session.run_with_ort_values(names, feeds)
+    seconds = time.perf_counter() - start
+    outputs = {}
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        if value.is_tensor() and (array := _array(numpy, value)).dtype != object:
+            outputs[name] = f"{order['prefix']}{i}.npy", value.data_type()[7:-1]
+            numpy.save(outputs[name][0], array)
+    return {"seconds": seconds, "outputs": outputs}
 
 
 def _opened(onnxruntime: Any, order: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -178,14 +178,11 @@ class Session:
         self.load_seconds = answer["seconds"]
         return self
 
-    def run(
-        self, feeds: Mapping[str, ArrayFile], wanted: Sequence[str] = ()
-    ) -> dict[str, ArrayFile]:
+    def run(self, feeds: Mapping[str, ArrayFile]) -> dict[str, ArrayFile]:
         """Run the model once.
 
         Args:
             feeds: Value of each input.
-            wanted: Outputs to give back; all if empty.
 
         Returns:
             Value of each output that is a tensor of numbers.
@@ -196,7 +193,6 @@ class Session:
         prefix = self._folder / f"{len(self.run_seconds)}-"
         answer = self._ask(
             prefix=str(prefix.absolute()),
-            wanted=list(wanted),
             feeds={
                 name: (
                     str(file.path.absolute()),
