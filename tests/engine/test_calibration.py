@@ -125,20 +125,20 @@ def test_nothing_changes_with_an_empty_activation() -> None:
 def test_what_is_not_finite_is_refused_and_changes_nothing(bad: float) -> None:
     found = counted({1: np.ones((2, 3), np.float32)})
     before = told(found)
-    with pytest.raises(DataError, match="^holds NaN or infinity$"):
+    with pytest.raises(DataError, match=r"^holds NaN or infinity$"):
         found.add(np.array([[1, bad, 2], [9, 9, 9]], np.float32), 2)
     assert told(found) == before
 
 
 def test_other_channels_are_refused() -> None:
     found = counted({})
-    with pytest.raises(DataError, match="^has 4 channels, not 3$"):
+    with pytest.raises(DataError, match=r"^has 4 channels, not 3$"):
         found.add(np.ones((2, 4), np.float32), 1)
-    with pytest.raises(DataError, match="^has other channels$"):
+    with pytest.raises(DataError, match=r"^has other channels$"):
         found.merge(ActivationStats.empty(-1, 4, 4))
-    with pytest.raises(DataError, match="^has other channels$"):
+    with pytest.raises(DataError, match=r"^has other channels$"):
         found.merge(ActivationStats.empty(-2, 3, 4))
-    with pytest.raises(DataError, match="^keeps 5 rows, not 4$"):
+    with pytest.raises(DataError, match=r"^keeps 5 rows, not 4$"):
         found.merge(ActivationStats.empty(-1, 3, 5))
 
 
@@ -168,7 +168,7 @@ def test_ranges() -> None:
     assert found.range("entropy") == found.histogram.entropy(-70.0, 80.0)
     assert counted({1: np.full((2, 3), 5, np.float32)}).range("minmax") == (0, 5)
     for percent in (-1, 101, np.nan):
-        with pytest.raises(DataError, match="^percent: wanted 0 to 100, not"):
+        with pytest.raises(DataError, match=r"^percent: wanted 0 to 100, not"):
             found.range("percentile", percent)
 
 
@@ -213,7 +213,7 @@ def test_what_does_not_go_together_changes_nothing(other: Statistics, why: str) 
 def test_a_merge_that_fails_at_the_last_activation_changes_nothing() -> None:
     found, other = statistics(1), statistics(2)
     other.activations["b"] = ActivationStats.empty(-1, 4)
-    with pytest.raises(DataError, match="^activation 'b' has other channels$"):
+    with pytest.raises(DataError, match=r"^activation 'b' has other channels$"):
         found.merge(other)
     assert all_told(found) == all_told(statistics(1))
 

@@ -159,7 +159,11 @@ def test_mse_cuts_each_end_by_itself() -> None:
 
 def slow_divergence(histogram: Histogram, low: float, high: float) -> float:
     """Kullback-Leibler divergence in bits of 255 steps, one bin after the other."""
-    bins = [(float(m), int(c)) for m, c in zip(histogram.middles, histogram.counts) if c]
+    bins = [
+        (float(m), int(c))
+        for m, c in zip(histogram.middles, histogram.counts, strict=True)
+        if c
+    ]
     inside = [(m, c) for m, c in bins if low <= m <= high]
     p = [float(c) for _, c in inside]
     p[0] += sum(c for m, c in bins if m < low)
