@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxforge.errors import DataError, OnnxforgeError
 from onnxforge.numerics.calibration import ActivationStats, Statistics
-from onnxforge.numerics.histogram import BINS, LEAST_EXPONENT, Histogram
+from onnxforge.numerics.histogram import BINS, Histogram, exponent_for
 
 __all__ = ["read_statistics", "write_statistics"]
 
@@ -133,10 +133,13 @@ def _is_sound(stats: ActivationStats) -> bool:
     kept, channels = min(stats.count, stats.limit), low.size
     if shapes != [(channels,), (channels,), (2 * BINS,), (kept,), (kept, channels)]:
         return False
-    ends = (low <= high) & np.isfinite(low) & np.isfinite(high)
+    if stats.count:
+        whole = (low <= high) & np.isfinite(low) & np.isfinite(high)
+    else:
+        whole = np.isposinf(low) & np.isneginf(high)
     return bool(
-        LEAST_EXPONENT <= stats.histogram.exponent <= -LEAST_EXPONENT
-        and (ends if stats.count else np.isneginf(high) & np.isposinf(low)).all()
+        whole.all()
+        and stats.histogram.exponent == exponent_for(max(map(abs, stats.range("minmax"))))
         and (counts >= 0).all()
         and stats.histogram.total == stats.count * channels
         and (keys[1:] >= keys[:-1]).all()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BINS", "LEAST_EXPONENT", "Histogram", "RangeMethod"]
+__all__ = ["BINS", "LEAST_EXPONENT", "Histogram", "RangeMethod", "exponent_for"]
 
 RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
 
@@ -15,13 +16,24 @@ BINS: Final = 2048
 """Bins on each side of zero."""
 
 LEAST_EXPONENT: Final = -160
-"""Of the width of a bin: float32 has nothing that small."""
+"""Of the width of a bin; float32 needs none that small."""
 
 _LEVELS: Final = 255  # steps between the least and the largest of 8 bits
 # Of a range, to try. Below, 8 bits have more levels than the part has bins.
 _CUTS: Final = np.geomspace(1.0, 1 / 16, 41)
 _BLOCK: Final = 1 << 18  # values counted at a time
 _Counts = npt.NDArray[np.int64]
+
+
+def exponent_for(largest: float) -> int:
+    """The width of bins that hold a magnitude is two to the power of this.
+
+    Args:
+        largest: The largest of all magnitudes.
+    """
+    if not largest:
+        return LEAST_EXPONENT
+    return math.frexp(largest)[1] - (BINS.bit_length() - 1)  # largest < 2 ** first
 
 
 class Histogram:
@@ -61,10 +73,7 @@ class Histogram:
         """Take in finite values."""
         if not values.size:
             return
-        largest = max(float(values.max()), -float(values.min()))
-        if largest > 0:
-            _, exponent = np.frexp(largest)  # largest < 2 ** exponent
-            self.widen(int(exponent) - (BINS.bit_length() - 1))
+        self.widen(exponent_for(max(float(values.max()), -float(values.min()))))
         flat = values.reshape(-1)
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK].astype(np.float64)
