@@ -32,7 +32,7 @@ __all__ = ["Options", "Progress", "Watch", "calibrate", "watches"]
 Progress = Callable[[int, Statistics], None]
 """Told how many samples are done, and what is known so far."""
 
-_BUDGET = 256 << 20  # bytes that what is watched at a time should take
+_BUDGET = 512 << 20  # bytes that what is watched at a time should take
 _FIRST = 4  # activations watched at a time before the size of any is known
 
 
