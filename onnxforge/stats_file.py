@@ -15,7 +15,7 @@ from onnxforge.numerics.histogram import BINS, Histogram, exponent_for
 
 __all__ = ["read_statistics", "write_statistics"]
 
-_DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
+_DAMAGE = (KeyError, TypeError, ValueError, RecursionError)
 _FORMAT = "onnxforge statistics 1"
 _ARRAYS = {
     "low": np.float32,

@@ -259,6 +259,25 @@ def test_groups_change_nothing(
         assert len(opened) == sessions
 
 
+GELU = """(float[n, 64] x) => (float[n, 64] y) {
+  a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) e = Mul(d, half)
+  f = MatMul(a, w) g = MatMul(e, w) y = Add(f, g)
+}"""
+
+
+def test_nothing_is_fused_that_another_group_would_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = {"root": 2**0.5, "one": 1, "half": 0.5}
+    weights = {name: np.array(value, np.float32) for name, value in numbers.items()}
+    path = saved(proto(GELU, w=drawn(1, 64, 64), **weights), tmp_path / "gelu.onnx")
+    given = [Sample("s", {"x": drawn(2, 50, 64)})]
+    whole = written(calibrate(path, given), tmp_path)
+    monkeypatch.setattr(module, "_FIRST", 1)
+    monkeypatch.setattr(module, "_BUDGET", 1)
+    assert written(calibrate(path, given), tmp_path) == whole
+
+
 def test_a_piece_makes_only_its_group(
     path: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

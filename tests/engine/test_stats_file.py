@@ -172,6 +172,13 @@ def test_what_the_header_tells_is_checked(path: Path, value: Any) -> None:
                 read_statistics(path)
 
 
+def test_a_header_may_be_no_json_or_too_deep(path: Path) -> None:
+    for text in ("{", "[" * 100_000, "null"):
+        safetensors.numpy.save_file({}, path, {"onnxforge": text})
+        with pytest.raises(DataError, match="damaged|holds no statistics"):
+            read_statistics(path)
+
+
 @pytest.mark.parametrize("word", ["low", "high", "counts", "keys", "rows"])
 def test_arrays_are_checked(path: Path, word: str) -> None:
     with safetensors.safe_open(path, "np") as file:
