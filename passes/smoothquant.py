@@ -138,8 +138,9 @@ class SmoothQuantFoldPass(Pass):
         for candidate in candidates:
             if isinstance(candidate.found, Product):
                 readers.setdefault(candidate.found.activation, []).append(candidate.found)
-            elif candidate.weight in chosen and candidate.weight not in fates:
-                fates[candidate.weight] = skipped(candidate.weight, *candidate.found)
+            elif (weight := candidate.weight) in chosen and weight not in fates:
+                assert weight is not None, "what is chosen is a weight"
+                fates[weight] = skipped(weight, *candidate.found)
         if not readers:
             return []
         known = model.meta[FILES][self.stats]
