@@ -83,6 +83,9 @@ def _edits(
         return None
     if weights.is_output(value) or {(n, i) for n, i in value.uses()} - set(uses):
         return None
+    last = value.shape[-1] if value.shape is not None and value.shape.rank() else None
+    if value.index() != 0 or (isinstance(last, int) and last != channels):
+        return None
     rule = _RULES.get(node.op_type)
     return None if rule is None else rule(node, channels, weights)
 

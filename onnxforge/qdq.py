@@ -23,6 +23,7 @@ class StaticIntegers(Integers):
         """Rewrite products of the model of these weights."""
         super().__init__(weights)
         self._grids: dict[ir.Value, ActivationGrid] = {}
+        self._quantized = {}  # what quantizes by a range of the moment is of no use
 
     def expect(self, activation: ir.Value, grid: ActivationGrid) -> None:
         """Say how an activation of the main graph is to be quantized."""

@@ -24,7 +24,7 @@ from onnxforge.products import Reason
 from onnxforge.surgery import Surgery
 from onnxforge.weights import Weight, Weights
 
-__all__ = ["Group", "Rules", "Smoothed", "group_of"]
+__all__ = ["Group", "Rules", "Smoothed", "group_of", "is_finite"]
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,22 @@ class Group:
     """An activation and the products that multiply it.
 
     Attributes:
-        activation: The value.
         products: Those with a weight that can be scaled, each on the right.
         stats: What calibration knows of the activation.
     """
 
-    activation: ir.Value
     products: tuple[Product, ...]
     stats: ActivationStats
+
+    @property
+    def activation(self) -> ir.Value:
+        """What they multiply; another value once the product that makes it is rewritten."""
+        return self.products[0].activation
 
     @property
     def weights(self) -> list[Weight]:
         """The weights, each once."""
         return list(dict.fromkeys(product.operand.weight for product in self.products))
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no weight holds NaN or infinity."""
-        return all(np.isfinite(_input_absmax(product)).all() for product in self.products)
 
     def smoothed(self, rules: Rules) -> Smoothed:
         """Choose factors and a grid."""
@@ -109,7 +107,8 @@ class Group:
         ones = np.ones(len(largest), np.float32)
         before = trial(rows, matrices, ones, self._grid(ones, rules))
         best: Smoothed | None = None
-        for alpha in ALPHAS if rules.alpha is None else (rules.alpha,):
+        fixed = 0.5 if rules.alpha is None else rules.alpha
+        for alpha in ALPHAS if rules.alpha is None and rows.size else (fixed,):
             found = factors(largest, weight, alpha, pow2=rules.pow2)
             grid = self._grid(found, rules)
             after = trial(rows, matrices, found, grid)
@@ -169,23 +168,25 @@ class Group:
         return node.outputs[0], node.name or "Mul"
 
 
-def group_of(
-    activation: ir.Value, products: Sequence[Product], stats: ActivationStats
-) -> Group | Reason:
+def is_finite(product: Product) -> bool:
+    """Whether the weight of a product holds no NaN and no infinity."""
+    return bool(np.isfinite(_input_absmax(product)).all())
+
+
+def group_of(products: Sequence[Product], stats: ActivationStats) -> Group | Reason:
     """Products of one activation as a group, or why they are none.
 
     Args:
-        activation: The value.
         products: Those that read it.
         stats: What is known of it.
     """
     good = tuple(product for product in products if _is_plain(product))
     if not good:
-        return Reason("OF251", "has another form than activation x matrix")
+        return Reason("OF251", "is no activation x matrix")
     width = good[0].operand.shape[good[0].shared[0]]
     if stats.channel_axis != -1 or len(stats.low) != width:
         return Reason("OF252", "has statistics of other channels")
-    return Group(activation, good, stats)
+    return Group(good, stats)
 
 
 def _is_plain(product: Product) -> bool:

@@ -14,10 +14,10 @@ from onnxforge.errors import Refused
 from onnxforge.integer import Product
 from onnxforge.numerics.int8 import choose
 from onnxforge.options import ByteSize
-from onnxforge.products import Candidate, Reason, Search, stored_type
+from onnxforge.products import Candidate, Reason, Search, stored_type, told
 from onnxforge.qdq import Qdq, StaticIntegers
 from onnxforge.selection import Selection, skipped, treated
-from onnxforge.smoothing import Group, Rules, Smoothed, group_of
+from onnxforge.smoothing import Group, Rules, Smoothed, group_of, is_finite
 from onnxforge.walk import Scope
 from onnxforge.weights import Weight, Weights
 
@@ -69,12 +69,14 @@ class SmoothQuantFoldPass(Pass):
         **selection.CODES,
         **products.CODES,
         "OF223": "The weight holds NaN or infinity, which int8 has no place for.",
-        "OF250": "The statistics know nothing of the activation: it is in a body or function.",
+        "OF250": "The statistics know nothing of the activation, or the product is in a body or"
+        " function, where runtimes do not fuse it.",
         "OF251": "The product is not one of an activation with a matrix on the right, which it"
         " sums over the last axis.",
         "OF252": "The statistics are of another number of channels than the product has.",
         "OF253": "The products of the activation lose most: `keep_worst` leaves them float32.",
         "OF254": "How an activation was smoothed and what quantizing its products costs.",
+        "OF255": "The model was smoothed before; that is not done twice.",
     }
 
     stats: str
@@ -92,20 +94,20 @@ class SmoothQuantFoldPass(Pass):
 
     def call(self, model: ir.Model) -> Result:
         """Smooth and quantize every product that calibration knows."""
-        self._refuse_old(model)
+        self._refuse(model)
         weights = Weights(model)
         selected = Selection(frozenset({ir.DataType.FLOAT}), self.min_bytes, (), self.exclude)
         chosen, declined = selected.split(weights)
         search = Search(self.op_types, float_front_end=False, float_depthwise=False)
         candidates = search.candidates(weights)
         fates: dict[Weight, Finding] = {}
-        found = (
-            []
-            if _DONE in model.metadata_props
-            else self._groups(model, chosen, candidates, weights, fates)
-        )
+        if _DONE in model.metadata_props:
+            fates = {weight: skipped(weight, "OF255", "is smoothed") for weight in chosen}
+            found = []
+        else:
+            found = self._groups(model, chosen, candidates, weights, fates)
         rewriter = Qdq(weights) if self.format == "qdq" else StaticIntegers(weights)
-        told = list(self._smooth(found, weights, rewriter, fates))
+        remarks = list(self._smooth(found, weights, rewriter, fates))
         rewriter.finish()
         modified = any(finding.fate is Fate.TREATED for finding in fates.values())
         if modified:
@@ -113,10 +115,17 @@ class SmoothQuantFoldPass(Pass):
         for weight in chosen:
             if weight not in fates:
                 fates[weight] = skipped(weight, "OF231", "no product reads it")
-        findings = (*declined, *fates.values(), *told)
-        return Result(model, modified, {}, findings)
+        findings = *declined, *fates.values(), *told(candidates, fates, declined)
+        return Result(model, modified, {}, (*findings, *remarks))
 
-    def _refuse_old(self, model: ir.Model) -> None:
+    def _refuse(self, model: ir.Model) -> None:
+        """Refuse options without sense, and opsets without the operators."""
+        if self.alpha != "auto" and not _is_share(self.alpha):
+            raise Refused(f"alpha: wanted a number from 0 to 1 or auto, not {self.alpha!r}")
+        if not 0 <= self.keep_worst <= 1:
+            raise Refused(f"keep_worst: wanted 0 to 1, not {self.keep_worst:g}")
+        if not 0 < self.percentile <= 100:
+            raise Refused(f"percentile: wanted more than 0, to 100, not {self.percentile:g}")
         needed, operator = _OPSETS[self.format]
         version = Scope(model.graph, "").opset_imports.get("", 0)
         if self.quantize and 0 < version < needed:
@@ -136,44 +145,34 @@ class SmoothQuantFoldPass(Pass):
         """Activations with their products, in order; why weights are in none of them."""
         readers: dict[ir.Value, list[Product]] = {}
         for candidate in candidates:
+            weight = candidate.weight
+            if weight is None or weight not in chosen:
+                continue
             if isinstance(candidate.found, Product):
                 readers.setdefault(candidate.found.activation, []).append(candidate.found)
-            elif (weight := candidate.weight) in chosen and weight not in fates:
-                assert weight is not None, "what is chosen is a weight"
-                fates[weight] = skipped(weight, *candidate.found)
+            else:
+                fates.setdefault(weight, skipped(weight, *candidate.found))
         if not readers:
             return []
         known = model.meta[FILES][self.stats]
         known.refuse_other(model)
         groups: list[Group] = []
         for activation, mine in readers.items():
-            stats = known.statistics.activations.get(activation.name or "")
-            made = group_of(activation, mine, stats) if stats else None
-            reason = (
-                made if isinstance(made, Reason) else Reason("OF250", "is not in statistics")
-            )
-            taken = made.products if isinstance(made, Group) else ()
+            # Bodies and functions may use a name of the main graph for another value.
+            is_main = activation.graph is model.graph
+            stats = known.statistics.activations.get(activation.name) if is_main else None
+            made: Group | Reason = Reason("OF250", "is not in statistics")
+            if stats is not None:
+                made = group_of(mine, stats)
             kept = []
             for product in mine:
-                weight = product.operand.weight
-                why = (
-                    reason
-                    if product not in taken
-                    else stored_type(
-                        weight,
-                        [p for p in taken if p.operand.weight is weight],
-                        weights,
-                        "int8",
-                    )
-                )
-                if weight not in chosen:
-                    continue
-                if isinstance(why, Reason):
-                    fates[weight] = skipped(weight, *why)
-                else:
+                why = _obstacle(product, made, weights)
+                if why is None:
                     kept.append(product)
+                else:
+                    fates[product.operand.weight] = skipped(product.operand.weight, *why)
             if kept and stats is not None:
-                groups.append(Group(activation, tuple(kept), stats))
+                groups.append(Group(tuple(kept), stats))
         return groups
 
     def _smooth(
@@ -187,12 +186,11 @@ class SmoothQuantFoldPass(Pass):
         alpha = None if self.alpha == "auto" else float(self.alpha)
         signed = self.activations == "int8"
         rules = Rules(alpha, self.scales == "pow2", self.percentile, signed)
-        sound = [group for group in groups if _finite(group, fates)]
-        found = {group: group.smoothed(rules) for group in sound}
-        ranked = sorted(sound, key=lambda group: found[group].after.sqnr_db)
+        found = {group: group.smoothed(rules) for group in groups}
+        ranked = sorted(groups, key=lambda group: found[group].after.sqnr_db)
         worst = set(ranked[: int(self.keep_worst * len(ranked))])
-        tensors = {w: w.tensor for group in sound for w in group.weights}
-        for group in reversed(sound):
+        tensors = {w: w.tensor for group in groups for w in group.weights}
+        for group in reversed(groups):
             if group in worst:
                 for weight in group.weights:
                     fates[weight] = skipped(weight, "OF253", "loses most, stays float32")
@@ -229,10 +227,24 @@ class SmoothQuantFoldPass(Pass):
         return Finding("OF254", name, f"{smoothed}, divided at {place}")
 
 
-def _finite(group: Group, fates: dict[Weight, Finding]) -> bool:
-    """Whether all weights of a group are finite; if not, the group stays."""
-    if group.is_finite:
-        return True
-    for weight in group.weights:
-        fates[weight] = skipped(weight, "OF223", "holds NaN or infinity")
-    return False
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
+
+
+def _obstacle(product: Product, made: Group | Reason, weights: Weights) -> Reason | None:
+    """Why a product is not smoothed with the others of its activation."""
+    if product.node.graph is not weights.model.graph:
+        return Reason("OF250", "is in a body or function")
+    if isinstance(made, Reason):
+        return made
+    if product not in made.products:
+        return Reason("OF251", "is no activation x matrix")
+    weight = product.operand.weight
+    mine = [p for p in made.products if p.operand.weight is weight]
+    found = stored_type(weight, mine, weights, "int8")
+    if isinstance(found, Reason):
+        return found
+    return None if is_finite(product) else Reason("OF223", "holds NaN or infinity")

@@ -19,6 +19,7 @@ ALPHAS: Final = tuple(i / 20 for i in range(21))
 """The strengths that ``auto`` tries."""
 
 _LARGEST: Final = 2.0**60  # of a factor, and its inverse: products with it stay finite
+_SMALLEST: Final = 2.0**-126
 _Floats = npt.NDArray[np.float64]
 
 
@@ -85,12 +86,17 @@ def activation_grid(low: float, high: float, *, signed: bool = False) -> Activat
     low, high = min(low, 0.0), max(high, 0.0)
     if signed:
         largest = max(-low, high)
-        scale = np.float32(largest / 127) if largest > 0 else np.float32(1)
+        scale = _scale(largest / 127)
         return ActivationGrid(scale, 0, True, -127 * float(scale), 127 * float(scale))
-    scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+    scale = _scale((high - low) / 255)
     zero = int(np.clip(np.rint(-low / np.float64(scale)), 0, 255))
     first, last = -zero * float(scale), (255 - zero) * float(scale)
     return ActivationGrid(scale, zero, False, first, last)
+
+
+def _scale(exact: float) -> np.float32:
+    """A scale that divides safely: not of a subnormal number."""
+    return np.float32(exact if exact >= _SMALLEST else 1)
 
 
 @dataclass(frozen=True)
