@@ -69,8 +69,8 @@ class SmoothQuantFoldPass(Pass):
         **selection.CODES,
         **products.CODES,
         "OF223": "The weight holds NaN or infinity, which int8 has no place for.",
-        "OF250": "The statistics know nothing of the activation, or the product is in a body or"
-        " function, where runtimes do not fuse it.",
+        "OF250": "The statistics know nothing of the activation, or the product is in a body"
+        " or function, where runtimes do not fuse it.",
         "OF251": "The product is not one of an activation with a matrix on the right, which it"
         " sums over the last axis.",
         "OF252": "The statistics are of another number of channels than the product has.",

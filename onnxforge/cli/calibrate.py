@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,13 +90,17 @@ def calibrate(
         Setup(provider or Setup.providers, threads, timeout=timeout), op_types, rows
     )
     found = calibrated(model, samples, options, known=known, progress=progress)
+    _merge(found, others)
+    write_statistics(found, output)
+    click.echo("\n".join(map(printable, _told(model, output, found))))
+
+
+def _merge(found: Statistics, others: Sequence[tuple[Path, Statistics]]) -> None:
     for path, other in others:
         try:
             found.merge(other)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
-    write_statistics(found, output)
-    click.echo("\n".join(map(printable, _told(model, output, found))))
 
 
 def _told(model: Path, output: Path, found: Statistics) -> list[str]:
