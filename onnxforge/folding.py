@@ -49,6 +49,11 @@ class Fold:
     where: tuple[str, ...]
     edits: tuple[_Edit, ...]
 
+    def weights(self, weights: Weights) -> list[Weight]:
+        """The constants that change."""
+        found = [weights.of(edit.node.inputs[edit.index]) for edit in self.edits]
+        return [weight for weight in found if weight is not None]
+
     def apply(self, factors: np.ndarray, surgery: Surgery) -> None:
         """Divide by float32 factors, one for each channel."""
         for edit in self.edits:

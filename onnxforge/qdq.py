@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxforge.integer import Integers, Product
 from onnxforge.numerics.smoothing import ActivationGrid
-from onnxforge.weights import Weights
+from onnxforge.weights import Weight, Weights
 
 __all__ = ["Qdq", "StaticIntegers"]
 
@@ -59,16 +59,42 @@ class Qdq(StaticIntegers):
         grid = self._grids[product.activation]
         wide = operand.seen(scales, product.shared)
         axis = next(i for i in range(wide.ndim) if i not in product.shared)
+        wide = wide.reshape(-1) * _taken_alpha(node)
         constant = self._move(operand.path, weight.value)
-        scale = self._constant(weight, "scale", wide.reshape(-1))
-        restored = self._dequantized(constant, scale, axis, node)
-        bias = self._quantized_bias(product, wide.reshape(-1), grid)
-        node.replace_input_with(1 - int(product.is_left), restored)
-        node.replace_input_with(int(product.is_left), x[0])
-        if bias is not None:
-            node.replace_input_with(2, bias)
+        inputs = [constant, self._constant(weight, "scale", wide)]
+        place = self._bias(node)
+        if place is not None or node.op_type == "Gemm":  # else QGemm is not made of it
+            zeros = np.zeros(wide.shape, np.int8)
+            inputs.append(self._constant(weight, "zero_point", zeros))
+        restored = self._dequantized(inputs, axis, node)
+        node.replace_input_with(1, restored)
+        node.replace_input_with(0, x[0])
+        if place is not None:
+            self._quantize_bias(place, weight, wide.astype(np.float64) * float(grid.scale))
         self._left += operand.path
         self._put_first(node.outputs[0])
+
+    def _bias(self, node: ir.Node) -> tuple[ir.Node, int] | None:
+        """Where the bias of a product is read, if it is constant; matrices only.
+
+        A MatMul of matrices and the Add behind it become one Gemm in onnxruntime, which is
+        one of integers only if the bias is.
+        """
+        reader, index = node, 2
+        output = node.outputs[0]
+        if node.op_type == "MatMul":
+            uses = output.uses()
+            rank = 2 if output.shape is None else output.shape.rank()
+            if len(uses) != 1 or rank > 2 or self.surgery.weights.is_output(output):
+                return None
+            ((reader, other),) = uses
+            index = 1 - other
+            if reader.op_type != "Add" or reader.domain or reader.graph is not node.graph:
+                return None
+        value = reader.inputs[index] if index < len(reader.inputs) else None
+        bias = self.surgery.weights.of(value)
+        plain = bias is not None and bias.dtype == _REAL and not bias.is_overridable
+        return (reader, index) if plain else None
 
     def _quantizer(self, value: ir.Value) -> tuple[Sequence[ir.Node], Sequence[ir.Value]]:
         (quantize,), (integers, scale, zero) = super()._quantizer(value)
@@ -77,33 +103,40 @@ class Qdq(StaticIntegers):
         restore.outputs[0].shape = value.shape
         return [quantize, restore], restore.outputs
 
-    def _dequantized(
-        self, integers: ir.Value, scale: ir.Value, axis: int, reader: ir.Node
-    ) -> ir.Value:
+    def _dequantized(self, inputs: Sequence[ir.Value], axis: int, reader: ir.Node) -> ir.Value:
         """A constant restored along an axis, before its reader."""
-        name = self._unique(f"{integers.name}_dequantized")
-        inputs = [integers, scale]
+        name = self._unique(f"{inputs[0].name}_dequantized")
         node = self.surgery.node("DequantizeLinear", inputs, name, _REAL, {"axis": axis})
-        node.outputs[0].shape = integers.shape
+        node.outputs[0].shape = inputs[0].shape
         assert reader.graph is not None, "a reader is part of the model"
         reader.graph.insert_before(reader, node)
         return node.outputs[0]
 
-    def _quantized_bias(
-        self, product: Product, scales: np.ndarray, grid: ActivationGrid
-    ) -> ir.Value | None:
-        """The bias of a Gemm in units of its integer product, the form that fuses."""
-        node = product.node
-        value = node.inputs[2] if len(node.inputs) > 2 else None
+    def _quantize_bias(
+        self, place: tuple[ir.Node, int], weight: Weight, units: np.ndarray
+    ) -> None:
+        """Store a bias in units of the integer product, if it has a value for each."""
+        reader, index = place
+        value = reader.inputs[index]
         bias = self.surgery.weights.of(value)
-        if bias is None or bias.dtype != _REAL or bias.tensor.size != scales.size:
-            return None
-        units = scales.astype(np.float64) * np.float64(grid.scale)
-        levels = np.rint(bias.tensor.numpy().reshape(-1).astype(np.float64) / units)
-        if np.abs(levels).max(initial=0) >= 2**31:
-            return None
-        weight = product.operand.weight
-        stored = self._constant(weight, "bias", levels.astype(np.int32))
+        assert bias is not None, "a bias is a constant"
+        content = bias.tensor.numpy().astype(np.float64)
+        if content.shape[-1:] != units.shape or content.size != units.size:
+            return
+        beta = reader.attributes.get_float("beta", 1.0) if reader.op_type == "Gemm" else 1.0
+        levels = np.rint(content.reshape(-1) * beta / units)
+        if not np.isfinite(levels).all() or np.abs(levels).max(initial=0) >= 2**31:
+            return
         scale = self._constant(weight, "bias_scale", units.astype(np.float32))
+        stored = self._constant(weight, "bias", levels.astype(np.int32))
+        reader.replace_input_with(index, self._dequantized([stored, scale], 0, reader))
+        reader.attributes.pop("beta", None)
         self._unread.append(value)
-        return self._dequantized(stored, scale, 0, node)
+
+
+def _taken_alpha(node: ir.Node) -> np.float32:
+    """A positive alpha of a Gemm, which goes into a scale instead; 1 if there is none."""
+    if node.op_type != "Gemm" or node.attributes.get_float("alpha", 1.0) <= 0:
+        return np.float32(1)
+    attribute = node.attributes.pop("alpha", None)
+    return np.float32(1 if attribute is None else attribute.as_float())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from onnxforge.numerics.smoothing import (
 )
 from onnxforge.products import Reason
 from onnxforge.surgery import Surgery
-from onnxforge.weights import Weight, Weights
+from onnxforge.weights import Weight
 
 __all__ = ["Group", "Rules", "Smoothed", "group_of", "is_finite"]
 
@@ -131,24 +131,25 @@ class Group:
         return activation_grid(low, high, signed=rules.signed)
 
     def smooth(
-        self, found: np.ndarray, weights: Weights, surgery: Surgery, *, folds: bool
+        self, found: np.ndarray, surgery: Surgery, *, folds: bool, frozen: Set[Weight]
     ) -> tuple[ir.Value, str]:
         """Divide the activation and multiply its weights.
 
         Args:
             found: The factors.
-            weights: The weights of the model.
             surgery: Adds nodes.
             folds: Leave the division to what makes the activation, where that can be.
+            frozen: Weights that must not change for that.
 
         Returns:
             What products read now, and where the division is done.
         """
+        weights = surgery.weights
         for weight, channels in {p.operand.weight: _inputs(p) for p in self.products}.items():
             scale_weight(weight, channels, found)
         uses = {(p.node, 0) for p in self.products}
         place = fold(self.activation, uses, len(found), weights) if folds else None
-        if place is not None:
+        if place is not None and frozen.isdisjoint(place.weights(weights)):
             place.apply(found, surgery)
             return self.activation, ", ".join(place.where)
         inverse = (1 / found.astype(np.float64)).astype(np.float32)

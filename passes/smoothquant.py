@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -98,6 +98,8 @@ class SmoothQuantFoldPass(Pass):
         weights = Weights(model)
         selected = Selection(frozenset({ir.DataType.FLOAT}), self.min_bytes, (), self.exclude)
         chosen, declined = selected.split(weights)
+        excluded = {f.where for f in declined if f.fate is Fate.EXCLUDED}
+        frozen = {weight for weight in weights if weight.where in excluded}
         search = Search(self.op_types, float_front_end=False, float_depthwise=False)
         candidates = search.candidates(weights)
         fates: dict[Weight, Finding] = {}
@@ -107,7 +109,7 @@ class SmoothQuantFoldPass(Pass):
         else:
             found = self._groups(model, chosen, candidates, weights, fates)
         rewriter = Qdq(weights) if self.format == "qdq" else StaticIntegers(weights)
-        remarks = list(self._smooth(found, weights, rewriter, fates))
+        remarks = list(self._smooth(found, rewriter, fates, frozen))
         rewriter.finish()
         modified = any(finding.fate is Fate.TREATED for finding in fates.values())
         if modified:
@@ -178,9 +180,9 @@ class SmoothQuantFoldPass(Pass):
     def _smooth(
         self,
         groups: Sequence[Group],
-        weights: Weights,
         rewriter: StaticIntegers,
         fates: dict[Weight, Finding],
+        frozen: Set[Weight],
     ) -> Iterator[Finding]:
         """Smooth and quantize, the last first: a fold changes weights of products before."""
         alpha = None if self.alpha == "auto" else float(self.alpha)
@@ -197,21 +199,21 @@ class SmoothQuantFoldPass(Pass):
                 continue
             if any(w.tensor is not tensors[w] for w in group.weights):
                 found[group] = group.smoothed(rules)
-            yield self._rewritten(group, found[group], weights, rewriter, fates)
+            yield self._rewritten(group, found[group], rewriter, fates, frozen)
 
     def _rewritten(
         self,
         group: Group,
         smoothed: Smoothed,
-        weights: Weights,
         rewriter: StaticIntegers,
         fates: dict[Weight, Finding],
+        frozen: Set[Weight],
     ) -> Finding:
         name = group.activation.name or ""
         word = "smoothed, multiplied as int8" if self.quantize else "smoothed"
         fates.update((weight, treated(weight, word)) for weight in group.weights)
         activation, place = group.smooth(
-            smoothed.factors, weights, rewriter.surgery, folds=self.fold
+            smoothed.factors, rewriter.surgery, folds=self.fold, frozen=frozen
         )
         if self.quantize:
             rewriter.expect(activation, smoothed.grid)

@@ -93,7 +93,8 @@ PLACES = {
     "Gemm with a scalar": "v = Gemm(u, m, scalar)",
     "Relu": "z = MatMul(u, m) v = Relu(z)",
     "Identity": "z = Mul(x, c) a = Identity(z) v = Relu(a)",
-    "a shared constant": "a = Mul(x, c) z = Sigmoid(a) b = Add(z, c) q = Tanh(b) v = Mul(q, c)",
+    "a shared constant": """a = Mul(x, c) z = Sigmoid(a) b = Add(z, c) q = Tanh(b)
+        v = Mul(q, c)""",
     "a constant twice": "z = Mul(x, c) v = Add(z, c)",
 }
 
