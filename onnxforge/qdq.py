@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +19,10 @@ _REAL = ir.DataType.FLOAT
 class StaticIntegers(Integers):
     """Rewrites products to multiply integers; activations have a constant scale."""
 
-    def __init__(self, weights: Weights) -> None:
-        """Rewrite products of the model of these weights."""
+    def __init__(self, weights: Weights, frozen: Set[Weight] = frozenset()) -> None:
+        """Rewrite products of the model of these weights, some of which must stay."""
         super().__init__(weights)
+        self._frozen = frozen
         self._grids: dict[ir.Value, ActivationGrid] = {}
         self._quantized = {}  # what quantizes by a range of the moment is of no use
 
@@ -93,8 +94,9 @@ class Qdq(StaticIntegers):
                 return None
         value = reader.inputs[index] if index < len(reader.inputs) else None
         bias = self.surgery.weights.of(value)
-        plain = bias is not None and bias.dtype == _REAL and not bias.is_overridable
-        return (reader, index) if plain else None
+        if bias is None or bias.dtype != _REAL or bias.is_overridable or bias in self._frozen:
+            return None
+        return reader, index
 
     def _quantizer(self, value: ir.Value) -> tuple[Sequence[ir.Node], Sequence[ir.Value]]:
         (quantize,), (integers, scale, zero) = super()._quantizer(value)

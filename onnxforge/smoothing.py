@@ -114,7 +114,10 @@ class Group:
             after = trial(rows, matrices, found, grid)
             if best is None or after.noise < best.after.noise:
                 scaled = rows / found
-                clipped = (scaled < grid.low) | (scaled > grid.high)
+                half = (
+                    float(grid.scale) / 2
+                )  # so far beyond the ends, rounding is not clipping
+                clipped = (scaled < grid.low - half) | (scaled > grid.high + half)
                 share = float(clipped.mean()) if clipped.size else 0.0
                 best = Smoothed(alpha, found, grid, share, before, after)
         assert best is not None, "at least one strength is tried"

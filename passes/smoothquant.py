@@ -108,7 +108,7 @@ class SmoothQuantFoldPass(Pass):
             found = []
         else:
             found = self._groups(model, chosen, candidates, weights, fates)
-        rewriter = Qdq(weights) if self.format == "qdq" else StaticIntegers(weights)
+        rewriter = (Qdq if self.format == "qdq" else StaticIntegers)(weights, frozen)
         remarks = list(self._smooth(found, rewriter, fates, frozen))
         rewriter.finish()
         modified = any(finding.fate is Fate.TREATED for finding in fates.values())

@@ -263,18 +263,19 @@ def _held(proto: ModelProto, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", fixtures.names(runs=True))
-def test_fixtures_stay_the_same_bit_for_bit(name: str) -> None:
+def test_fixtures_stay_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
     text = f"smoothquant{{stats={statistics.of_fixture(name)} min_bytes=0 quantize=false "
-    before = onnx.load(fixtures.built(name))
-    exact, _ = PassManager(text + "scales=pow2}").apply(before)
-    near, _ = PassManager(text + "}").apply(before)
+    before, exact, near = fixtures.built(name), tmp_path / "exact.onnx", tmp_path / "near.onnx"
+    PassManager(text + "scales=pow2}").run(before, exact)
+    PassManager(text + "}").run(before, near)
     for sample in fixtures.samples(name):
         wanted = oracle.run(before, sample)
         oracle.assert_bit_equal(oracle.run(exact, sample), wanted)
         for output, found in oracle.run(near, sample).items():
             if wanted[output].dtype == np.float32 and wanted[output].size:
-                bound = 1e-5 * np.abs(wanted[output]).max()
-                assert np.abs(found - wanted[output]).max() <= bound, output
+                exact_values = wanted[output]
+                bound = 1e-5 * np.abs(exact_values[np.isfinite(exact_values)]).max(initial=0)
+                np.testing.assert_allclose(found, exact_values, rtol=0, atol=bound)
 
 
 # --- the numbers ---------------------------------------------------------------------------
@@ -306,21 +307,16 @@ def test_a_gemm_is_that_of_the_reference(
 ) -> None:
     w = floats(6, 16, seed=1) if "transB" in attributes else floats(16, 6, seed=1)
     before = model(
-        f"g (float[n,16] x) => (float[n,6] y) {{ h = Tanh(x) y = Gemm<{attributes}>(h, w, c) }}",
+        f"""g (float[n,16] x) => (float[n,6] y)
+        {{ h = Tanh(x) y = Gemm<{attributes}>(h, w, c) }}""",
         w=w,
         c=floats(6, seed=2) * 5,
     )
     file = statistics.of_model(before, SAMPLES, tmp_path)
     smooth, _ = smoothed(before, file, quantize=False)
     tier, _ = smoothed(before, file, format=form, activations=kind)
-    found = _near_products(before, smooth, tier, optimized)
-    assert found == {"y"}
-
-
-def _near_products(
-    before: ModelProto, smooth: ModelProto, tier: ModelProto, optimized: bool
-) -> set[str]:
-    return assert_products(before, smooth, tier, INPUTS, optimized=optimized)
+    compared = assert_products(before, smooth, tier, INPUTS, optimized=optimized)
+    assert compared == {"y"}
 
 
 def _next_level(array: np.ndarray) -> np.ndarray:
@@ -337,7 +333,7 @@ PLANTED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
         lambda s: np.where(np.arange(s.size) == 2, s * 1.01, s),
     ),
     "bias": ("wg_bias", lambda b: b + 40),
-    "scale of a bias": ("wg_bias_scale", lambda s: s * np.float32(1.001)),
+    "scale of a bias": ("wg_bias_scale", lambda s: s * np.float32(1.1)),
 }
 
 
@@ -356,9 +352,18 @@ def test_qdq_fuses_on_the_runtime(stats: Path, tmp_path: Path) -> None:
         tier, _ = smoothed(net(), stats, activations=kind)
         oracle.run(tier, INPUTS, keep=tmp_path / "optimized.onnx")
         fused = kinds(onnx.load(tmp_path / "optimized.onnx"))
-        assert fused["MatMulIntegerToFloat"] == 3, fused
-        assert fused["QGemm"] == 1, fused
-        assert fused["MatMul"] == 1, "activation x activation"
+        assert fused["MatMulIntegerToFloat"] == 2, fused
+        assert fused["QGemm"] == 2, "a Gemm, and a MatMul with bias"
+        assert fused["DequantizeLinear"] == 0, fused
+        assert fused["MatMul"] + fused["FusedMatMul"] == 1, "activation x activation"
+
+
+@unsaturated
+def test_what_is_fused_computes_what_is_written(stats: Path) -> None:
+    tier, _ = smoothed(net(), stats)
+    fused, written = (oracle.run(tier, INPUTS, optimized=o) for o in (True, False))
+    for name, values in written.items():
+        assert sqnr(values, fused[name]) > 60, name
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8"])
@@ -394,7 +399,7 @@ def test_a_percentile_clips(stats: Path) -> None:
         for f in report.passes[0].findings
         if (match := re.search(r"(\S+)% clipped", f.message))
     ]
-    assert all(5 < share < 15 for share in shares), shares
+    assert all(3 < share < 15 for share in shares), shares
 
 
 # --- options -------------------------------------------------------------------------------
@@ -419,10 +424,17 @@ def test_what_is_excluded_is_smoothed_by_a_mul_beside_it(stats: Path) -> None:
     assert _held(after, "gamma").tobytes() == HELD["gamma"].tobytes()
 
 
+def test_a_bias_that_is_excluded_stays_float(stats: Path) -> None:
+    after, report = smoothed(net(), stats, exclude=["b?"])
+    assert (told(report)["bk"], told(report)["bg"]) == ("OF202", "OF202")
+    for name in ("bk", "bg"):
+        assert _held(after, name).tobytes() == HELD[name].tobytes()
+
+
 def test_without_folding_each_activation_gets_a_mul(stats: Path) -> None:
     after, _ = smoothed(net(), stats, fold=False)
     assert kinds(after)["Mul"] == 3
-    for name in ("gamma", "beta", "bk"):
+    for name in ("gamma", "beta"):
         assert _held(after, name).tobytes() == HELD[name].tobytes()
 
 
@@ -500,8 +512,10 @@ def test_it_is_left_and_reported(tmp_path: Path, name: str) -> None:
     before = model(f"g (float[n,16] x) => (float y{outputs}) {{ h = Tanh(x) {body} }}", **held)
     for output in before.graph.output[:1]:
         output.type.tensor_type.ClearField("shape")
-    value = onnx.helper.make_tensor_value_info("t", 1, [16, "n"])
-    before.graph.value_info.extend([value] if "t = " in body else [])
+    for value, shape in {"h": ["n", 16], "t": [16, "n"]}.items():
+        if value == "h" or "t = " in body:
+            told_shape = onnx.helper.make_tensor_value_info(value, 1, shape)
+            before.graph.value_info.append(told_shape)
     file = statistics.of_model(before, SAMPLES, tmp_path)
     after, report = smoothed(before, file)
     assert not report.modified
