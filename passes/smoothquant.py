@@ -50,7 +50,8 @@ class SmoothQuantFoldPass(Pass):
         op_types: Operators to rewrite.
         format: ``qdq`` puts products between QuantizeLinear and DequantizeLinear, which
             runtimes fuse; ``integer`` writes MatMulInteger, for opsets before 13 as well.
-        activations: ``int8`` is symmetric.
+        activations: ``int8`` is symmetric; of those that several products read, onnxruntime
+            fuses ``uint8`` only.
         exclude: Globs on names of weights and of nodes that read them; those are left alone.
         keep_worst: Share of the activations whose products lose most to leave in float32.
         fold: Fold divisions; false inserts a Mul for each.

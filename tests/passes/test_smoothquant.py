@@ -343,19 +343,49 @@ def test_planted_errors_are_found(stats: Path, name: str) -> None:
     smooth, _ = smoothed(net(), stats, quantize=False)
     tier, _ = smoothed(net(), stats)
     wrong = integers.changed(tier, *PLANTED[name])
+    assert_products(net(), smooth, tier, INPUTS, optimized=False)
     with pytest.raises(AssertionError):
-        assert_products(net(), smooth, wrong, INPUTS)
+        assert_products(net(), smooth, wrong, INPUTS, optimized=False)
+
+
+def fused(tier: ModelProto, folder: Path) -> Counter[str]:
+    """What the runtime really runs."""
+    oracle.run(tier, INPUTS, keep=folder / "optimized.onnx")
+    return kinds(onnx.load(folder / "optimized.onnx"))
 
 
 def test_qdq_fuses_on_the_runtime(stats: Path, tmp_path: Path) -> None:
-    for kind in ("uint8", "int8"):
-        tier, _ = smoothed(net(), stats, activations=kind)
-        oracle.run(tier, INPUTS, keep=tmp_path / "optimized.onnx")
-        fused = kinds(onnx.load(tmp_path / "optimized.onnx"))
-        assert fused["MatMulIntegerToFloat"] == 2, fused
-        assert fused["QGemm"] == 2, "a Gemm, and a MatMul with bias"
-        assert fused["DequantizeLinear"] == 0, fused
-        assert fused["MatMul"] + fused["FusedMatMul"] == 1, "activation x activation"
+    tier, _ = smoothed(net(), stats)
+    found = fused(tier, tmp_path)
+    assert found["MatMulIntegerToFloat"] == 2, found
+    assert found["QGemm"] == 2, "a Gemm, and a MatMul with bias"
+    assert found["DequantizeLinear"] == 0, found
+    assert found["MatMul"] + found["FusedMatMul"] == 1, "activation x activation"
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize(
+    ("body", "operator"),
+    [
+        ("y = MatMul(h, w)", "MatMulIntegerToFloat"),
+        ("m = MatMul(h, w) y = Add(c, m)", "QGemm"),
+        ("m = MatMul(h, w) a = Add(m, c) y = Relu(a)", "QGemm"),
+        ("y = Gemm(h, w)", "QGemm"),
+        ("y = Gemm<alpha=0.5, beta=2.0>(h, w, c)", "QGemm"),
+    ],
+)
+def test_a_product_that_reads_an_activation_alone_fuses(
+    tmp_path: Path, kind: str, body: str, operator: str
+) -> None:
+    text = f"g (float[n,16] x) => (float[n,6] y) {{ h = Tanh(x) {body} }}"
+    held = {"w": floats(16, 6), "c": floats(6)}
+    held = {name: array for name, array in held.items() if re.search(rf"\b{name}\b", body)}
+    before = model(text, **held)
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    tier, _ = smoothed(before, file, activations=kind)
+    found = fused(tier, tmp_path)
+    assert (found[operator], found["DequantizeLinear"]) == (1, 0), found
+    assert sqnr(oracle.run(before, INPUTS)["y"], oracle.run(tier, INPUTS)["y"]) > 30
 
 
 @unsaturated
