@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -630,3 +632,25 @@ def test_every_weight_has_one_finding(stats: Path) -> None:
     found = [f for f in report.passes[0].findings if f.fate is not None and not f.op]
     assert sorted(f.where for f in found) == sorted(HELD)
     assert {f.where for f in found if f.fate is Fate.TREATED} == {"wq", "wk", "wg", "wx"}
+
+
+@pytest.mark.parametrize("name", fixtures.names(runs=True))
+def test_statistics_are_of_a_model_however_it_is_handed_over(name: str) -> None:
+    file = str(statistics.of_fixture(name))
+    step = SmoothQuantFoldPass(stats=file, min_bytes=0, format="integer")
+    _, by_path = PassManager([step]).apply(fixtures.built(name))
+    _, by_proto = PassManager([step]).apply(onnx.load(fixtures.built(name)))
+    assert told(by_path) == told(by_proto)
+
+
+def test_the_command_line_replays_a_record(stats: Path, tmp_path: Path) -> None:
+    _, report = smoothed(net(), stats)
+    onnx.save(net(), tmp_path / "in.onnx")
+    code = "from onnxforge.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "--passes", report.passes[0].text]
+    files = [str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    failed = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert failed.returncode
+    assert "--stats names their file" in failed.stderr
+    subprocess.run([*command, "--stats", str(stats), *files], capture_output=True, check=True)
+    assert nodes(onnx.load(files[1]).graph) == nodes(smoothed(net(), stats)[0].graph)
