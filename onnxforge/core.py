@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from onnxforge.spec import PassSpec
 
-__all__ = ["Effect", "Fate", "Finding", "Pass", "Result"]
+__all__ = ["FILES", "Effect", "Fate", "Finding", "Pass", "Result"]
+
+FILES = "onnxforge.files"
+"""Key of ``ir.Model.meta`` under which a pass finds what the files it names hold."""
 
 
 class Effect(enum.Enum):
@@ -107,11 +110,14 @@ class Pass(ir.passes.PassBase):
         name: The word that stands for the pass in a pipeline text.
         effect: What the pass may do.
         codes: What each finding code of the pass means.
+        files: Names of the options that name a file of statistics. The file is read before the
+            pass runs, which finds what it holds by its name in ``Model.meta[FILES]``.
     """
 
     name: ClassVar[str]
     effect: ClassVar[Effect]
     codes: ClassVar[Mapping[str, str]] = {}
+    files: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Give every option the type of its field.

@@ -76,7 +76,7 @@ class Integers:
         self._left: list[ir.Node] = []
         self._unread: list[ir.Value | None] = []
         self._moved: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
-        self._quantized = dict(_quantizers(weights))
+        self._quantized: dict[ir.Value, Sequence[ir.Value]] = dict(_quantizers(weights))
         self._constants: dict[tuple[Weight, str, tuple[int, ...], bytes], ir.Value] = {}
 
     def store(self, weight: Weight, grid: Grid, stored: Stored) -> None:
@@ -149,18 +149,19 @@ class Integers:
         return made
 
     def _quantize(self, value: ir.Value) -> Sequence[ir.Value]:
-        """uint8, scale and zero point of an activation; quantized once, where it is made."""
+        """Integers, scale and zero point of an activation; made once, where it is made."""
         if value not in self._quantized:
             graph, producer = value.graph, value.producer()
             assert graph is not None, "an activation belongs to a graph"
-            node = self._quantized[value] = self._quantizer(value)
+            nodes, self._quantized[value] = self._quantizer(value)
             if producer is not None:
-                graph.insert_after(producer, node)
+                graph.insert_after(producer, nodes)
             else:
-                graph.insert_before(graph[0], node)
-        return self._quantized[value].outputs
+                graph.insert_before(graph[0], nodes)
+        return self._quantized[value]
 
-    def _quantizer(self, value: ir.Value) -> ir.Node:
+    def _quantizer(self, value: ir.Value) -> tuple[Sequence[ir.Node], Sequence[ir.Value]]:
+        """Nodes that quantize an activation, and what they give: a range of its own."""
         types = ir.DataType.UINT8, _REAL, ir.DataType.UINT8
         words = "quantized", "quantized_scale", "quantized_zero_point"
         outputs = [
@@ -169,7 +170,7 @@ class Integers:
         ]
         outputs[0].shape = value.shape
         name = self._unique(f"{value.name}_DynamicQuantizeLinear")
-        return ir.node("DynamicQuantizeLinear", [value], name=name, outputs=outputs)
+        return [ir.node("DynamicQuantizeLinear", [value], name=name, outputs=outputs)], outputs
 
     def _transpose(self, value: ir.Value) -> ir.Node:
         name = self._unique(f"{value.name}_transposed")
@@ -287,7 +288,7 @@ class Integers:
             node.replace_input_with(1, other)
 
 
-def _quantizers(weights: Weights) -> Iterator[tuple[ir.Value, ir.Node]]:
+def _quantizers(weights: Weights) -> Iterator[tuple[ir.Value, Sequence[ir.Value]]]:
     """What quantizes an activation right where it is made, so before all its readers."""
     for scope in weights.scopes:
         maker: ir.Node | None = None
@@ -299,4 +300,4 @@ def _quantizers(weights: Weights) -> Iterator[tuple[ir.Value, ir.Node]]:
             if value is None or value.graph is not scope.graph:
                 continue
             if value.producer() is maker and len(node.outputs) == 3:
-                yield value, node
+                yield value, node.outputs

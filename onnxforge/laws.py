@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 __all__ = ["Witness", "content", "digest", "payloads"]
 
 _Arrays = Mapping[str, np.ndarray]
+_PAYLOADS = (
+    "raw_data",
+    "external_data",
+    "data_location",
+    *(f"{kind}_data" for kind in ("float", "double", "string", "int32", "int64", "uint64")),
+)
 _SIZES = (8, 16, 64, 1, 3, 128)  # lengths to try for open axes
 
 
@@ -69,7 +75,7 @@ def _graph(model: ir.Model) -> bytes:
     for graph in proto_graphs(proto):
         _lift_all(graph)
     for tensor in proto_tensors(proto):
-        for field in ("raw_data", "external_data", "data_location"):
+        for field in _PAYLOADS:
             tensor.ClearField(field)
     # Types of values in functions stand in one of two places, by the IR version.
     prefixes = tuple(f"{function.domain}::{function.name}/" for function in proto.functions)

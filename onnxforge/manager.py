@@ -15,11 +15,12 @@ import onnx
 import onnx_ir as ir
 
 from onnxforge import laws, model_io
-from onnxforge.core import Effect, Fate, Finding, Pass, Result
-from onnxforge.errors import BrokenPass, CheckFailed, about
+from onnxforge.core import FILES, Effect, Fate, Finding, Pass, Result
+from onnxforge.errors import BrokenPass, CheckFailed, Refused, about
 from onnxforge.placement import Layout
 from onnxforge.registry import parse
 from onnxforge.saving import Progress, Saved, refuse_to_overwrite, save, save_shared
+from onnxforge.stats_file import Known
 from onnxforge.storage.extents import overlapping
 from onnxforge.verify import interface, problem
 from onnxforge.walk import tensors
@@ -37,6 +38,7 @@ PIPELINE_KEY = "onnxforge.pipeline"
 """Key of the metadata in which a model says what passes it went through."""
 
 VERSION_KEY = "onnxforge.version"
+_BY_HASH = "sha256:"
 
 
 class Observer(Protocol):
@@ -115,6 +117,7 @@ class PassManager:
         verify: Whether to verify; false saves time on a pipeline known to be good.
         check_laws: Also hold each pass to the law of its effect, on the model at hand.
         inputs: Values to run the model on for that; drawn at random if None.
+        statistics: Files of statistics that passes may name by ``sha256:`` and their SHA-256.
     """
 
     codes: ClassVar[Mapping[str, str]] = {
@@ -133,6 +136,7 @@ class PassManager:
         verify: bool = True,
         check_laws: bool = False,
         inputs: Mapping[str, np.ndarray] | None = None,
+        statistics: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         """Take a pipeline text or passes.
 
@@ -144,6 +148,7 @@ class PassManager:
         self.verify = verify
         self.check_laws = check_laws
         self.inputs = inputs
+        self.statistics = tuple(Path(path) for path in statistics)
 
     def __str__(self) -> str:
         """The pipeline text."""
@@ -310,9 +315,19 @@ class PassManager:
             waiting.append(step)
         return result.modified
 
+    def _known(self, name: str) -> Known:
+        """What is in a file of statistics, which a pass names by its path or its SHA-256."""
+        if not name.startswith(_BY_HASH):
+            return Known.read(Path(name))
+        for path in self.statistics:
+            if (known := Known.read(path)).sha256 == name.removeprefix(_BY_HASH):
+                return known
+        raise Refused(f"the statistics with {name} are needed: --stats names their file")
+
     def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
         start = time.perf_counter()
         before = interface(model)
+        model.meta[FILES] = {name: self._known(name) for name in _named_files(step)}
         law = laws.Witness(step, model, self.inputs) if self.check_laws else None
         result = step(model)
         if not isinstance(result, Result):
@@ -324,6 +339,10 @@ class PassManager:
         if law is not None:
             law.hold(result)
         return result, time.perf_counter() - start
+
+
+def _named_files(step: Pass) -> list[str]:
+    return [getattr(step, option) for option in step.files]
 
 
 def _tell(report: Report, saved: Saved, but: Collection[Path] = ()) -> None:
@@ -349,7 +368,10 @@ def _overlaps(model: ir.Model) -> Iterator[Finding]:
 
 
 def _told(step: Pass, result: Result, seconds: float) -> PassReport:
-    text, effect = str(step.spec(full=True)), step.effect.value
+    known: Mapping[str, Known] = result.model.meta.get(FILES, {})
+    hashes = {o: f"{_BY_HASH}{known[getattr(step, o)].sha256}" for o in step.files}
+    recorded = replace(step, **hashes) if hashes else step
+    text, effect = str(recorded.spec(full=True)), step.effect.value
     stats, findings = dict(result.stats), result.findings
     return PassReport(text, effect, result.modified, seconds, stats, findings)
 

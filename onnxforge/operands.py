@@ -51,6 +51,15 @@ class Operand:
         """Shape that the node sees."""
         return self.shapes[-1]
 
+    def array(self) -> np.ndarray:
+        """All values, in memory, as the node sees them."""
+        found = self.weight.tensor.numpy()
+        for node, shape in zip(self.path, self.shapes[1:], strict=True):
+            if node.op_type == "Transpose":
+                found = found.transpose(_order(node, found.ndim))
+            found = found.reshape(shape)
+        return found
+
     def channels(self, shared: Iterable[int]) -> Channels | None:
         """Which elements of the stored tensor share a scale, if those of the operand do.
 

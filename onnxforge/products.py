@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import onnx_ir as ir
 
 from onnxforge import flow
+from onnxforge.core import Fate, Finding
 from onnxforge.dequantized import is_of_rows
 from onnxforge.integer import Product, Stored
 from onnxforge.operands import Operand, channel_axes, ends, trace
 from onnxforge.walk import Scope, label
 from onnxforge.weights import Weight, Weights
 
-__all__ = ["CODES", "LEFT_FLOAT", "Candidate", "Reason", "Search", "stored_type"]
+__all__ = ["CODES", "LEFT_FLOAT", "Candidate", "Reason", "Search", "stored_type", "told"]
 
 CODES: Mapping[str, str] = {
     "OF230": "Both operands are computed when the model runs: there is no weight to quantize."
@@ -214,3 +215,25 @@ def stored_type(
         if end not in rewritten:
             return Reason("OF232", "is also read in float32", f"by {end[0].op_type}")
     return "uint8" if needs_uint8 else wanted
+
+
+def told(
+    candidates: Sequence[Candidate],
+    fates: Mapping[Weight, Finding],
+    declined: Sequence[Finding],
+) -> Iterator[Finding]:
+    """What became of each product: as its weight, or why it stays.
+
+    Args:
+        candidates: The products.
+        fates: What became of weights.
+        declined: Of the other weights.
+    """
+    others = {finding.where: finding for finding in declined}
+    for node, where, weight, found in candidates:
+        if isinstance(found, Reason):
+            fate = Fate.EXCLUDED if found.code == "OF240" else Fate.SKIPPED
+            yield Finding(found.code, where, found.message, fate=fate, op=node.op_type)
+        elif weight is not None:
+            told = fates.get(weight) or others[weight.where]
+            yield replace(told, where=where, op=node.op_type)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
-from onnxforge.errors import DataError, OnnxforgeError
+from onnxforge import laws
+from onnxforge.errors import DataError, OnnxforgeError, Refused
 from onnxforge.numerics.calibration import ActivationStats, Statistics
 from onnxforge.numerics.histogram import BINS, Histogram, exponent_for
 
-__all__ = ["read_statistics", "write_statistics"]
+__all__ = ["Known", "read_statistics", "write_statistics"]
 
 _DAMAGE = (KeyError, TypeError, ValueError, RecursionError)
 _FORMAT = "onnxforge statistics 1"
@@ -24,6 +28,36 @@ _ARRAYS = {
     "keys": np.uint64,
     "rows": np.float32,
 }
+
+
+@dataclass(frozen=True)
+class Known:
+    """Statistics that a pass was given.
+
+    Attributes:
+        path: The file.
+        sha256: Of the file.
+        statistics: What is in it.
+    """
+
+    path: Path
+    sha256: str
+    statistics: Statistics
+
+    @classmethod
+    def read(cls, path: Path) -> Known:
+        """Read a file; see `read_statistics`."""
+        statistics = read_statistics(path)
+        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest(), statistics)
+
+    def refuse_other(self, model: ir.Model) -> None:
+        """Refuse a model that the statistics are not of.
+
+        Raises:
+            Refused: Its graph or weights are others.
+        """
+        if laws.content(model) != self.statistics.digest:
+            raise Refused(f"{self.path}: the statistics are of another model")
 
 
 def write_statistics(statistics: Statistics, path: Path) -> None:

@@ -33,25 +33,38 @@ class Surgery:
             content: The values.
         """
         assert beside.value is not None, "a tensor in an attribute has no companions"
-        graph, free = beside.scope.graph, self.weights.unique(name)
-        tensor = ir.tensor(content, name=free)
-        shape = ir.Shape(content.shape)
+        graph = beside.scope.graph
         if beside.node is None:
-            value = ir.Value(
-                name=free,
-                type=ir.TensorType(tensor.dtype),
-                shape=shape,
-                const_value=tensor,
-            )
-            graph.initializers.add(value)
+            value = self.initializer(graph, name, content)
             companions = self._companions.setdefault(graph, {})
             companions.setdefault(beside.value.name or "", []).append(value)
             return value
+        free = self.weights.unique(name)
+        tensor = ir.tensor(content, name=free)
         node = self.node("Constant", [], free, tensor.dtype, {"value": tensor})
-        node.outputs[0].shape = shape
+        node.outputs[0].shape = ir.Shape(content.shape)
         graph.insert_after(self._last.get(beside.node, beside.node), node)
         self._last[beside.node] = node
         return node.outputs[0]
+
+    def initializer(self, graph: ir.Graph, name: str, content: np.ndarray) -> ir.Value:
+        """Add an initializer to a graph, behind all others.
+
+        Args:
+            graph: The main graph or a body.
+            name: The name, if it is free, else the next one like it.
+            content: The values.
+        """
+        free = self.weights.unique(name)
+        tensor = ir.tensor(content, name=free)
+        value = ir.Value(
+            name=free,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(content.shape),
+            const_value=tensor,
+        )
+        graph.initializers.add(value)
+        return value
 
     def node(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnxforge.integer import Integers, Product, Stored
 from onnxforge.numerics.int8 import Grid, ScaleRule, choose, saturating_pairs
 from onnxforge.operands import weight_channels
 from onnxforge.options import ByteSize
-from onnxforge.products import LEFT_FLOAT, Candidate, Reason, Search, stored_type
+from onnxforge.products import LEFT_FLOAT, Candidate, Reason, Search, stored_type, told
 from onnxforge.selection import Selection, skipped, too_old, treated
 from onnxforge.walk import Scope
 from onnxforge.weights import Weight, Weights, for_each
@@ -151,7 +151,7 @@ class DynamicInt8Pass(Pass):
         integers.finish()
         modified = any(finding.fate is Fate.TREATED for finding in fates.values())
         waits = any(finding.code == "OF233" for finding in fates.values())
-        findings = *declined, *fates.values(), *_told(candidates, fates, declined)
+        findings = *declined, *fates.values(), *told(candidates, fates, declined)
         findings += tuple(_saturation(scans))
         return Result(model, modified, {}, findings, again=waits)
 
@@ -206,22 +206,6 @@ class DynamicInt8Pass(Pass):
             if storage is not None:
                 fates[weight] = treated(weight, "stored as int8, multiplied as float32")
                 dequantized.store(weight, storage, integers.surgery)
-
-
-def _told(
-    candidates: Sequence[Candidate],
-    fates: Mapping[Weight, Finding],
-    declined: Sequence[Finding],
-) -> Iterator[Finding]:
-    """What became of each product: as its weight, or why it stays."""
-    others = {finding.where: finding for finding in declined}
-    for node, where, weight, found in candidates:
-        if isinstance(found, Reason):
-            fate = Fate.EXCLUDED if found.code == "OF240" else Fate.SKIPPED
-            yield Finding(found.code, where, found.message, fate=fate, op=node.op_type)
-        elif weight is not None:
-            told = fates.get(weight) or others[weight.where]
-            yield replace(told, where=where, op=node.op_type)
 
 
 def _saturation(scans: Mapping[Weight, _Scan]) -> Iterator[Finding]:

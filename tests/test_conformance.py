@@ -18,7 +18,7 @@ from onnxforge.placement import PLACEMENT
 from onnxforge.registry import entries, parse
 from onnxforge.verify import interface, problem
 from onnxforge.weights import Weights
-from support import fixtures, oracle, payload
+from support import fixtures, oracle, payload, statistics
 
 # At its defaults, or with what it requires, and at least once with other options.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
@@ -43,6 +43,12 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
         "shard{max_bytes=64KiB target=browser lift=true digits=1}",
     ),
     "set-ir": ("set-ir{max=9}", "set-ir{max=8}"),
+    "smoothquant": (
+        "smoothquant{stats=STATS}",
+        "smoothquant{stats=STATS min_bytes=0 quantize=false}",
+        "smoothquant{stats=STATS min_bytes=0 format=integer activations=int8 fold=false}",
+        "smoothquant{stats=STATS min_bytes=0 alpha=auto scales=pow2 percentile=99.9}",
+    ),
 }
 CASES = [
     pytest.param(text, name, id=f"{text}-{name}")
@@ -62,14 +68,15 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laws, "run", run)
 
 
-def one(text: str) -> Pass:
-    (step,) = parse(text)
+def one(text: str, name: str = fixtures.names()[0]) -> Pass:
+    """A pass for a fixture."""
+    (step,) = parse(statistics.placed(text, name))
     return step
 
 
 def outcome(step: Pass, name: str) -> Result | None:
     """What a pass makes of a fixture; None where it says no, which must change nothing."""
-    model = load(fixtures.built(name))
+    model = statistics.give(step, load(fixtures.built(name)))
     before = laws.digest(model)
     try:
         return step(model)
@@ -86,7 +93,7 @@ def test_every_pass_has_its_variants() -> None:
 
 @pytest.mark.parametrize("text", [text for texts in VARIANTS.values() for text in texts])
 def test_no_law_holds_for_want_of_a_model_that_the_pass_changes_or_refuses(text: str) -> None:
-    results = [outcome(one(text), name) for name in fixtures.names()]
+    results = [outcome(one(text, name), name) for name in fixtures.names()]
     assert any(
         result is None or result.modified or PLACEMENT in result.model.meta
         for result in results
@@ -96,12 +103,12 @@ def test_no_law_holds_for_want_of_a_model_that_the_pass_changes_or_refuses(text:
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_flag_idempotence_and_the_law_of_its_effect(text: str, name: str) -> None:
-    step = one(text)
+    step = one(text, name)
     if outcome(step, name) is None:
         return
     # Only the law of storage needs a model that runs, and only where something was stored.
     for sample in fixtures.samples(name) or [{}]:
-        model = load(fixtures.built(name))
+        model = statistics.give(step, load(fixtures.built(name)))
         laws.Witness(step, model, sample).hold(step(model))
 
 
@@ -109,7 +116,7 @@ def test_flag_idempotence_and_the_law_of_its_effect(text: str, name: str) -> Non
 def test_valid_in_valid_out_with_the_same_interface(text: str, name: str) -> None:
     model = load(fixtures.built(name))
     before, contract, imports = problem(model), interface(model), dict(model.opset_imports)
-    result = outcome(one(text), name)
+    result = outcome(one(text, name), name)
     if result is not None:
         assert problem(result.model) == before
         assert interface(result.model) == contract
@@ -118,7 +125,8 @@ def test_valid_in_valid_out_with_the_same_interface(text: str, name: str) -> Non
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_every_weight_is_treated_excluded_or_skipped(text: str, name: str) -> None:
-    step, result = one(text), outcome(one(text), name)
+    step = one(text, name)
+    result = outcome(step, name)
     if result is None:
         return
     if not any(finding.fate for finding in result.findings):
@@ -133,7 +141,7 @@ def test_every_weight_is_treated_excluded_or_skipped(text: str, name: str) -> No
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_what_is_written_can_be_read_and_runs(text: str, name: str, tmp_path: Path) -> None:
-    result = outcome(one(text), name)
+    result = outcome(one(text, name), name)
     if result is None:
         return
     save(result.model, tmp_path / "out.onnx")
@@ -174,7 +182,7 @@ for text, source in (line.split("|") for line in sys.argv[2:]):
 
 def test_the_same_bytes_in_any_process_with_any_number_of_threads(tmp_path: Path) -> None:
     jobs = [
-        f"{texts[0]}|{fixtures.built(name)}"
+        f"{statistics.placed(texts[0], name)}|{fixtures.built(name)}"
         for texts in VARIANTS.values()
         for name in fixtures.names()
     ]

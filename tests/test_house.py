@@ -40,9 +40,11 @@ PASSES_MAY_IMPORT = {
     "options",
     "placement",
     "products",
+    "qdq",
     "runtime",
     "selection",
     "skeleton",
+    "smoothing",
     "surgery",
     "walk",
     "weights",
@@ -290,7 +292,7 @@ def test_a_pass_is_named_as_its_module(name: str) -> None:
 def test_a_pass_is_a_frozen_dataclass(name: str) -> None:
     cls = registry.pass_class(name)
     assert cls.__dataclass_params__.frozen
-    assert set(cls.__annotations__) - {"name", "effect", "codes"} == {
+    assert set(cls.__annotations__) - {"name", "effect", "codes", "files"} == {
         field.name for field in dataclasses.fields(cls)
     }
 

@@ -40,6 +40,7 @@ _OTHER_BYTES = 16 << 20  # the graph, and the threads that look weights through
 @click.option("--force", is_flag=True, help="Overwrite what is there.")
 @click.option("--check-laws", is_flag=True, help="Hold each pass to its law on this model.")
 @click.option("--inputs", type=PATH, help=".npz to run the laws on.")
+@click.option("--stats", type=PATH, multiple=True, help="For passes that name a SHA-256.")
 @click.option(
     "--layout",
     type=click.Choice(["keep", "inline", "sidecar"]),
@@ -62,6 +63,7 @@ def run(
     force: bool,
     check_laws: bool,
     inputs: Path | None,
+    stats: tuple[Path, ...],
     layout: Layout,
     style: str,
     report: Path | None,
@@ -87,7 +89,7 @@ def run(
     groups = _groups(jobs, share=share, named=out_dir is not None and layout == "keep")
     if report is not None:
         refuse_report(report, jobs, force=force, shared=share)
-    laws: Any = {"check_laws": check_laws, "inputs": _inputs(inputs)}
+    laws: Any = {"check_laws": check_laws, "inputs": _inputs(inputs), "statistics": stats}
     saving: Any = {"force": force, "workers": _workers(workers, max_memory)}
     runs: list[dict[str, Any]] = []
     with _documented(runs, style, report):

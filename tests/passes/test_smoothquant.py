@@ -1,0 +1,663 @@
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, NodeProto, numpy_helper, parser
+
+from onnxforge import PassManager
+from onnxforge.core import Fate
+from onnxforge.errors import Refused
+from onnxforge.manager import PIPELINE_KEY, Report
+from onnxforge.passes.smoothquant import SmoothQuantFoldPass
+from support import fixtures, integers, oracle, statistics
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
+Arrays = dict[str, np.ndarray]
+# Where two products saturate, no runtime can equal the reference with int8 weights.
+unsaturated = pytest.mark.skipif(integers.saturates(), reason="sums of products saturate")
+
+
+def floats(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def model(text: str, header: str = HEADER, **arrays: Any) -> ModelProto:
+    """A model from text and initializers."""
+    proto = parser.parse_model(header + text)
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()
+    )
+    return proto
+
+
+def outlier(channels: int, size: float, at: int = 3) -> np.ndarray:
+    array = np.ones(channels, np.float32)
+    array[at] = size
+    return array
+
+
+# A norm, folds into it and into products, an input, a Gemm with bias, two activations.
+NET = """net (float[n,16] x) => (float[n,8] y, float[n,n] s, float[n,8] z) {
+    a = LayerNormalization(x, gamma, beta)
+    q = MatMul(a, wq)
+    k = MatMul(a, wk)
+    kb = Add(k, bk)
+    h = Relu(kb)
+    y = Gemm<transB=1>(h, wg, bg)
+    qt = Transpose<perm=[1,0]>(q)
+    s = MatMul(q, qt)
+    z = MatMul(x, wx)
+}"""
+HELD: Arrays = {
+    "gamma": outlier(16, 200),
+    "beta": floats(16, seed=1) / 10,
+    "wq": floats(16, 24, seed=2) / outlier(16, 1000)[:, None],
+    "wk": floats(16, 32, seed=3) / outlier(16, 1000)[:, None],
+    "bk": floats(32, seed=4),
+    "wg": floats(8, 32, seed=5),
+    "bg": floats(8, seed=6),
+    "wx": floats(16, 8, seed=7),
+}
+PRODUCTS = {"q", "k", "y", "z"}
+SAMPLES = [{"x": floats(n, 16, seed=20 + n)} for n in (5, 9, 40)]
+INPUTS = {"x": floats(12, 16, seed=22)}
+
+
+def net(**changes: np.ndarray) -> ModelProto:
+    return model(NET, **HELD | changes)
+
+
+@pytest.fixture(scope="module")
+def stats() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp())
+    yield statistics.of_model(net(), SAMPLES, folder)
+    shutil.rmtree(folder)
+
+
+def smoothed(before: ModelProto, stats: Path, **options: Any) -> tuple[ModelProto, Report]:
+    step = SmoothQuantFoldPass(stats=str(stats), **{"min_bytes": 0, **options})
+    after, report = PassManager([step]).apply(before)
+    return after, report
+
+
+def nodes(graph: Any) -> list[str]:
+    return [f"{', '.join(n.output)} = {n.op_type}({', '.join(n.input)})" for n in graph.node]
+
+
+def kinds(proto: ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def told(report: Report, *, op: bool = False) -> dict[str, str]:
+    """Codes by place, of weights or of nodes."""
+    return {f.where: f.code for f in report.passes[-1].findings if bool(f.op) == op and f.fate}
+
+
+def sqnr(exact: np.ndarray, found: np.ndarray) -> float:
+    noise = np.square(found.astype(np.float64) - exact).sum()
+    return float(10 * np.log10(np.square(exact.astype(np.float64)).sum() / noise))
+
+
+# --- the independent reference -------------------------------------------------------------
+
+
+def assert_products(
+    parent: ModelProto, smooth: ModelProto, tier: ModelProto, inputs: Arrays, **run: Any
+) -> set[str]:
+    """Fail unless each product, fed what the tier feeds it, is what integers give.
+
+    Args:
+        parent: The model before.
+        smooth: The same, smoothed and not quantized.
+        tier: Smoothed and quantized.
+        inputs: What to run the tier on.
+        run: Options of `oracle.run`.
+
+    Returns:
+        The outputs of the products that were compared.
+    """
+    makers = {name: node for node in tier.graph.node for name in node.output}
+    float_held, held = integers.initializers(smooth), integers.initializers(tier)
+    compared = set()
+    for node in parent.graph.node:
+        quantize = _quantizer(node, makers)
+        if node.op_type not in ("MatMul", "Gemm") or quantize is None:
+            continue
+        name = node.output[0]
+        seen = _exposed(tier, [quantize.input[0], quantize.output[0], name], inputs, run)
+        x, levels, found = (seen[n] for n in (quantize.input[0], quantize.output[0], name))
+        scale, zero = (held[n] for n in quantize.input[1:])
+        ends = np.iinfo(zero.dtype)
+        wanted = np.clip(np.rint(x / scale) + int(zero), ends.min, ends.max)
+        integers.same(levels, wanted.astype(zero.dtype), f"activation of {name}")
+        weight = float_held[node.input[1]]
+        axes = integers.summed_axes(node, 1, weight.ndim)
+        stored = integers.quantize_weight(weight, axes)
+        integers.same(held[node.input[1]], stored.values, f"weight of {name}")
+        rounds = makers[name].op_type == "Gemm"
+        centred = levels.astype(np.int64) - int(zero)
+        result = _product(node, centred, stored, scale, float_held, rounds=rounds)
+        difference = np.abs(found - result).max()
+        assert difference <= 2e-6 * np.abs(result).max(), f"{name}: {difference}"
+        compared.add(name)
+    return compared
+
+
+def _quantizer(node: NodeProto, makers: dict[str, NodeProto]) -> NodeProto | None:
+    """What quantizes the activation of a product: the nearest QuantizeLinear before it."""
+    made = makers[node.output[0]]
+    for _ in range(6):
+        if made.op_type == "QuantizeLinear":
+            return made
+        first = [makers[n] for n in made.input if n in makers]
+        forward = [m for m in first if m.op_type != "DequantizeLinear" or m.input[0] in makers]
+        if not forward or (
+            made.op_type == "MatMul" and not made.input[0].endswith("quantized")
+        ):
+            return None
+        made = forward[0]
+    return None
+
+
+def _exposed(
+    tier: ModelProto, names: Sequence[str], inputs: Arrays, run: dict[str, Any]
+) -> Arrays:
+    copy = integers.exposed(tier, [n for n in names if n not in inputs])
+    return {**inputs, **oracle.run(copy, inputs, **run)}
+
+
+def _product(
+    node: NodeProto,
+    x: np.ndarray,
+    weight: integers.Quantized,
+    scale: np.ndarray,
+    held: Arrays,
+    *,
+    rounds: bool,
+) -> np.ndarray:
+    """The product of integers; of QDQ the bias is one too."""
+    turned = any(a.name == "transB" and a.i for a in node.attribute)
+    w, w_scale = (m.T if turned else m for m in (weight.values, weight.scale))
+    alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
+    beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+    units = w_scale.astype(np.float64) * float(scale) * alpha
+    result: np.ndarray = integers.matmul(x, w) * units
+    if len(node.input) > 2:
+        bias = beta * held[node.input[2]].astype(np.float64)
+        units = units.reshape(-1)
+        result = result + (np.rint(bias / units) * units if rounds else bias)
+    return result
+
+
+# --- example -------------------------------------------------------------------------------
+
+
+def test_qdq_is_written_in_the_form_that_fuses(stats: Path) -> None:
+    after, _ = smoothed(net(), stats)
+    written = nodes(after.graph)
+    for line in (
+        "a_quantized = QuantizeLinear(a, a_scale, a_zero_point)",
+        "a_dequantized = DequantizeLinear(a_quantized, a_scale, a_zero_point)",
+        "wq_dequantized = DequantizeLinear(wq, wq_scale)",
+        "q = MatMul(a_dequantized, wq_dequantized)",
+        "y = Gemm(h_dequantized, wg_dequantized, wg_bias_dequantized)",
+        "x_smoothed = Mul(x, x_factors)",
+        "s = MatMul(q, qt)",
+    ):
+        assert line in written, written
+    assert kinds(after)["QuantizeLinear"] == 3
+    held = integers.initializers(after)
+    assert held["wg_bias"].dtype == np.int32
+
+
+def test_the_report_says_how_each_activation_was_smoothed(stats: Path) -> None:
+    _, report = smoothed(net(), stats)
+    remarks = {f.where: f.message for f in report.passes[0].findings if f.code == "OF254"}
+    assert set(remarks) == {"a", "h", "x"}
+    for message in remarks.values():
+        assert re.fullmatch(
+            r"alpha 0\.5, \S+ to \S+, 0\.000% clipped, SQNR \S+ -> \S+ dB, divided at .+",
+            message,
+        )
+    assert told(report, op=True) == {
+        **dict.fromkeys(told(report, op=True), "OF201"),
+        next(w for w in told(report, op=True) if told(report, op=True)[w] == "OF230"): "OF230",
+    }
+    assert Counter(told(report, op=True).values()) == {"OF201": 4, "OF230": 1}
+
+
+# --- the equivalence -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("alpha", ["0.5", "0.8", "auto"])
+def test_powers_of_two_change_no_bit(stats: Path, fold: bool, alpha: str) -> None:
+    options = {"quantize": False, "scales": "pow2", "fold": fold, "alpha": alpha}
+    after, report = smoothed(net(), stats, **options)
+    assert report.modified
+    oracle.assert_bit_equal(oracle.run(after, INPUTS), oracle.run(net(), INPUTS))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_real_factors_change_next_to_nothing(stats: Path, fold: bool) -> None:
+    after, _ = smoothed(net(), stats, quantize=False, fold=fold)
+    wanted, found = oracle.run(net(), INPUTS), oracle.run(after, INPUTS)
+    for name, values in wanted.items():
+        assert np.abs(found[name] - values).max() <= 1e-5 * np.abs(values).max()
+    changed = {n for n, w in HELD.items() if not np.array_equal(w, _held(after, n))}
+    assert changed == ({"wq", "wk", "wg", "wx"} | ({"gamma", "beta", "bk"} if fold else set()))
+
+
+def _held(proto: ModelProto, name: str) -> np.ndarray:
+    return integers.initializers(proto)[name]
+
+
+@pytest.mark.parametrize("name", fixtures.names(runs=True))
+def test_fixtures_stay_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
+    text = f"smoothquant{{stats={statistics.of_fixture(name)} min_bytes=0 quantize=false "
+    before, exact, near = fixtures.built(name), tmp_path / "exact.onnx", tmp_path / "near.onnx"
+    PassManager(text + "scales=pow2}").run(before, exact)
+    PassManager(text + "}").run(before, near)
+    for sample in fixtures.samples(name):
+        wanted = oracle.run(before, sample)
+        oracle.assert_bit_equal(oracle.run(exact, sample), wanted)
+        for output, found in oracle.run(near, sample).items():
+            if wanted[output].dtype == np.float32 and wanted[output].size:
+                exact_values = wanted[output]
+                bound = 1e-5 * np.abs(exact_values[np.isfinite(exact_values)]).max(initial=0)
+                np.testing.assert_allclose(found, exact_values, rtol=0, atol=bound)
+
+
+# --- the numbers ---------------------------------------------------------------------------
+
+FORMS = [(form, kind) for form in ("qdq", "integer") for kind in ("uint8", "int8")]
+in_every_form = pytest.mark.parametrize(("form", "kind"), FORMS)
+
+
+@unsaturated
+@in_every_form
+@pytest.mark.parametrize("optimized", [False, True])
+def test_each_product_is_that_of_the_reference(
+    stats: Path, form: str, kind: str, optimized: bool
+) -> None:
+    smooth, _ = smoothed(net(), stats, quantize=False)
+    tier, _ = smoothed(net(), stats, format=form, activations=kind)
+    compared = assert_products(net(), smooth, tier, INPUTS, optimized=optimized)
+    assert compared == PRODUCTS
+
+
+@unsaturated
+@in_every_form
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize(
+    "attributes", ["alpha=0.5", "beta=0.5", "alpha=2.0, beta=3.0, transB=1", "transB=1"]
+)
+def test_a_gemm_is_that_of_the_reference(
+    tmp_path: Path, form: str, kind: str, optimized: bool, attributes: str
+) -> None:
+    w = floats(6, 16, seed=1) if "transB" in attributes else floats(16, 6, seed=1)
+    before = model(
+        f"""g (float[n,16] x) => (float[n,6] y)
+        {{ h = Tanh(x) y = Gemm<{attributes}>(h, w, c) }}""",
+        w=w,
+        c=floats(6, seed=2) * 5,
+    )
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    smooth, _ = smoothed(before, file, quantize=False)
+    tier, _ = smoothed(before, file, format=form, activations=kind)
+    compared = assert_products(before, smooth, tier, INPUTS, optimized=optimized)
+    assert compared == {"y"}
+
+
+def _next_level(array: np.ndarray) -> np.ndarray:
+    changed = array.copy()
+    changed.flat[0] -= np.sign(changed.flat[0]) or 1
+    return changed
+
+
+PLANTED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "weight": ("wq", _next_level),
+    "scale of a weight": ("wq_scale", lambda s: s * np.float32(1.001)),
+    "one scale of a weight": (
+        "wk_scale",
+        lambda s: np.where(np.arange(s.size) == 2, s * 1.01, s),
+    ),
+    "bias": ("wg_bias", lambda b: b + 40),
+    "scale of a bias": ("wg_bias_scale", lambda s: s * np.float32(1.1)),
+}
+
+
+@unsaturated
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_errors_are_found(stats: Path, name: str) -> None:
+    smooth, _ = smoothed(net(), stats, quantize=False)
+    tier, _ = smoothed(net(), stats)
+    wrong = integers.changed(tier, *PLANTED[name])
+    assert_products(net(), smooth, tier, INPUTS, optimized=False)
+    with pytest.raises(AssertionError):
+        assert_products(net(), smooth, wrong, INPUTS, optimized=False)
+
+
+def fused(tier: ModelProto, folder: Path) -> Counter[str]:
+    """What the runtime really runs."""
+    oracle.run(tier, INPUTS, keep=folder / "optimized.onnx")
+    return kinds(onnx.load(folder / "optimized.onnx"))
+
+
+def test_qdq_fuses_on_the_runtime(stats: Path, tmp_path: Path) -> None:
+    tier, _ = smoothed(net(), stats)
+    found = fused(tier, tmp_path)
+    assert found["MatMulIntegerToFloat"] == 2, found
+    assert found["QGemm"] == 2, "a Gemm, and a MatMul with bias"
+    assert found["DequantizeLinear"] == 0, found
+    assert found["MatMul"] + found["FusedMatMul"] == 1, "activation x activation"
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize(
+    ("body", "operator"),
+    [
+        ("y = MatMul(h, w)", "MatMulIntegerToFloat"),
+        ("m = MatMul(h, w) y = Add(c, m)", "QGemm"),
+        ("m = MatMul(h, w) a = Add(m, c) y = Relu(a)", "QGemm"),
+        ("y = Gemm(h, w)", "QGemm"),
+        ("y = Gemm<alpha=0.5, beta=2.0>(h, w, c)", "QGemm"),
+    ],
+)
+def test_a_product_that_reads_an_activation_alone_fuses(
+    tmp_path: Path, kind: str, body: str, operator: str
+) -> None:
+    text = f"g (float[n,16] x) => (float[n,6] y) {{ h = Tanh(x) {body} }}"
+    held = {"w": floats(16, 6), "c": floats(6)}
+    held = {name: array for name, array in held.items() if re.search(rf"\b{name}\b", body)}
+    before = model(text, **held)
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    tier, _ = smoothed(before, file, activations=kind)
+    found = fused(tier, tmp_path)
+    assert (found[operator], found["DequantizeLinear"]) == (1, 0), found
+    assert sqnr(oracle.run(before, INPUTS)["y"], oracle.run(tier, INPUTS)["y"]) > 30
+
+
+@unsaturated
+def test_what_is_fused_computes_what_is_written(stats: Path) -> None:
+    tier, _ = smoothed(net(), stats)
+    fused, written = (oracle.run(tier, INPUTS, optimized=o) for o in (True, False))
+    for name, values in written.items():
+        assert sqnr(values, fused[name]) > 60, name
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+def test_outliers_that_plain_int8_does_not_survive(stats: Path, kind: str) -> None:
+    exact = oracle.run(integers.exposed(net(), ["q", "k"]), INPUTS)
+    plain, _ = PassManager("dynamic-int8{min_bytes=0}").apply(net())
+    lost = oracle.run(integers.exposed(plain, ["q", "k"]), INPUTS)
+    after, _ = smoothed(net(), stats, activations=kind, fold=False)
+    kept = oracle.run(integers.exposed(after, ["q", "k"]), INPUTS)
+    for name, values in exact.items():
+        assert sqnr(values, lost[name]) < 10
+        assert sqnr(values, kept[name]) > 25
+
+
+def test_auto_takes_the_lowest_strength_within_3_db_of_the_best(stats: Path) -> None:
+    def told(alpha: str) -> dict[str, tuple[float, float]]:
+        """Strength and SQNR of each activation."""
+        _, report = smoothed(net(), stats, alpha=alpha, fold=False)
+        remarks = [f for f in report.passes[0].findings if f.code == "OF254"]
+        pattern = re.compile(r"alpha (\S+),.* -> (\S+) dB")
+        found = {f.where: pattern.search(f.message) for f in remarks}
+        return {w: (float(m[1]), float(m[2])) for w, m in found.items() if m}
+
+    chosen = told("auto")
+    assert chosen
+    tried = [told(f"{i / 20:g}") for i in range(21)]
+    for where, (alpha, db) in chosen.items():
+        best = max(found[where][1] for found in tried)
+        assert db >= best - 3.1
+        lower = [found[where] for found in tried if found[where][0] < alpha]
+        assert all(other < best - 2.9 for _, other in lower)
+
+
+def test_a_percentile_clips(stats: Path) -> None:
+    whole, _ = smoothed(net(), stats, fold=False)
+    clipped, report = smoothed(net(), stats, fold=False, percentile=90)
+    assert _held(clipped, "x_smoothed_scale") < _held(whole, "x_smoothed_scale")
+    shares = [
+        float(match[1])
+        for f in report.passes[0].findings
+        if (match := re.search(r"(\S+)% clipped", f.message))
+    ]
+    assert all(3 < share < 15 for share in shares), shares
+
+
+# --- options -------------------------------------------------------------------------------
+
+
+def test_the_worst_stay_float(stats: Path) -> None:
+    after, report = smoothed(net(), stats, keep_worst=0.34)
+    kept = [where for where, code in told(report).items() if code == "OF253"]
+    assert kept
+    assert kinds(after)["QuantizeLinear"] == 2
+    after, report = smoothed(net(), stats, keep_worst=1)
+    assert not report.modified
+    assert nodes(after.graph) == nodes(net().graph)
+
+
+def test_what_is_excluded_is_smoothed_by_a_mul_beside_it(stats: Path) -> None:
+    after, report = smoothed(net(), stats, exclude=["wk"])
+    assert told(report)["wk"] == "OF202"
+    assert "k = MatMul(a, wk)" in nodes(after.graph)
+    assert "a_smoothed = Mul(a, a_factors)" in nodes(after.graph)
+    assert _held(after, "wk").tobytes() == HELD["wk"].tobytes()
+    assert _held(after, "gamma").tobytes() == HELD["gamma"].tobytes()
+
+
+def test_a_bias_that_is_excluded_stays_float(stats: Path) -> None:
+    after, report = smoothed(net(), stats, exclude=["b?"])
+    assert (told(report)["bk"], told(report)["bg"]) == ("OF202", "OF202")
+    for name in ("bk", "bg"):
+        assert _held(after, name).tobytes() == HELD[name].tobytes()
+
+
+def test_without_folding_each_activation_gets_a_mul(stats: Path) -> None:
+    after, _ = smoothed(net(), stats, fold=False)
+    assert kinds(after)["Mul"] == 3
+    for name in ("gamma", "beta"):
+        assert _held(after, name).tobytes() == HELD[name].tobytes()
+
+
+def test_only_the_operators_named_are_rewritten(stats: Path) -> None:
+    after, report = smoothed(net(), stats, op_types=["Gemm"])
+    assert kinds(after)["QuantizeLinear"] == 1
+    assert told(report)["wq"] == "OF240" or told(report)["wq"] == "OF231"
+
+
+def test_small_weights_are_left(stats: Path) -> None:
+    after, report = smoothed(net(), stats, min_bytes=16 * 24 * 4 + 1)
+    assert told(report)["wq"] == "OF203"
+    assert told(report)["wk"] == "OF201"
+    assert "q = MatMul(a, wq)" in nodes(after.graph)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": "much"}, "alpha: wanted a number from 0 to 1 or auto, not 'much'"),
+        ({"alpha": "1.5"}, "alpha: wanted"),
+        ({"alpha": "nan"}, "alpha: wanted"),
+        ({"keep_worst": 2}, "keep_worst: wanted 0 to 1, not 2"),
+        ({"percentile": 0}, "percentile: wanted more than 0, to 100, not 0"),
+    ],
+)
+def test_options_without_sense_are_refused(
+    stats: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Refused, match=re.escape(message)):
+        smoothed(net(), stats, **options)
+
+
+# --- what is refused and left --------------------------------------------------------------
+
+
+def test_an_old_opset_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    header = '<ir_version: 7, opset_import: ["" : 12]> '
+    text = "g (float[n,16] x) => (float[n,6] y) { h = Tanh(x) y = MatMul(h, w) }"
+    before = model(text, header, w=floats(16, 6))
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    with pytest.raises(Refused, match=r"opset 12.*needs opset 13; format=integer needs 10"):
+        smoothed(before, file)
+    after, _ = smoothed(before, file, format="integer")
+    assert kinds(after)["MatMulInteger"] == 1
+    after, _ = smoothed(before, file, quantize=False)
+    assert kinds(after) == {"Tanh": 1, "Mul": 1, "MatMul": 1}
+
+
+def test_statistics_of_another_model_are_refused(stats: Path) -> None:
+    with pytest.raises(Refused, match="the statistics are of another model"):
+        smoothed(net(wq=HELD["wq"] * 2), stats)
+
+
+LEFT = {
+    "another reader": ("y = MatMul(h, w) a = Tanh(w)", ", float[16,6] a", "OF232"),
+    "another activation": (
+        "r = Relu(h) y = MatMul(h, w) a = MatMul(r, w)",
+        ", float[n,6] a",
+        "OF232",
+    ),
+    "on the left": ("t = Transpose(h) y = MatMul(v, t)", "", "OF251"),
+    "three axes": ("y = MatMul(h, b)", "", "OF251"),
+    "not finite": ("y = MatMul(h, nan)", "", "OF223"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_it_is_left_and_reported(tmp_path: Path, name: str) -> None:
+    body, outputs, code = LEFT[name]
+    nan = floats(16, 6)
+    nan[2, 2] = np.nan
+    held = {"w": floats(16, 6), "v": floats(6, 16), "b": floats(2, 16, 6), "nan": nan}
+    held = {n: w for n, w in held.items() if re.search(rf"\b{n}\)|\({n}\b", body)}
+    before = model(f"g (float[n,16] x) => (float y{outputs}) {{ h = Tanh(x) {body} }}", **held)
+    for output in before.graph.output[:1]:
+        output.type.tensor_type.ClearField("shape")
+    for value, shape in {"h": ["n", 16], "t": [16, "n"]}.items():
+        if value == "h" or "t = " in body:
+            told_shape = onnx.helper.make_tensor_value_info(value, 1, shape)
+            before.graph.value_info.append(told_shape)
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    after, report = smoothed(before, file)
+    assert not report.modified
+    assert nodes(after.graph) == nodes(before.graph)
+    assert set(told(report).values()) == {code}
+
+
+TWO = """g (float[n,16] x) => (float[n,6] y, float[n,6] z)
+    { h = Tanh(x) y = MatMul(h, w) z = MatMul(h, v) }"""
+
+
+def test_a_nan_leaves_the_other_products_of_its_activation_alone(tmp_path: Path) -> None:
+    nan = floats(16, 6)
+    nan[2, 2] = np.nan
+    before = model(TWO, w=floats(16, 6), v=nan)
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    after, report = smoothed(before, file)
+    assert told(report) == {"w": "OF201", "v": "OF223"}
+    assert "z = MatMul(h, v)" in nodes(after.graph)
+
+
+def test_products_in_bodies_are_left_and_reported(tmp_path: Path) -> None:
+    branches = ", ".join(
+        f"{word}_branch = {word} () => (float[n,6] {word}_y) {{ {word}_y = MatMul(h, w) }}"
+        for word in ("then", "else")
+    )
+    before = model(
+        f"""g (bool c, float[n,16] x) => (float[n,6] y, float[n,6] z)
+        {{ h = Tanh(x) y = If(c) <{branches}> z = MatMul(h, v) }}""",
+        w=floats(16, 6),
+        v=floats(16, 6, seed=1),
+    )
+    samples = [{"c": np.array(True), **sample} for sample in SAMPLES]
+    file = statistics.of_model(before, samples, tmp_path)
+    after, report = smoothed(before, file)
+    assert told(report) == {"w": "OF250", "v": "OF201"}
+    wanted, found = (oracle.run(m, samples[0]) for m in (before, after))
+    assert found["y"].tobytes() == wanted["y"].tobytes()
+    assert sqnr(wanted["z"], found["z"]) > 30
+
+
+def test_an_activation_quantized_for_others_gets_a_range_of_its_own(tmp_path: Path) -> None:
+    plain = model(TWO, w=floats(16, 6), v=floats(16, 6, seed=1))
+    before, _ = PassManager("dynamic-int8{min_bytes=0 exclude=v}").apply(plain)
+    file = statistics.of_model(before, SAMPLES, tmp_path)
+    for form in ("qdq", "integer"):
+        after, _ = smoothed(before, file, format=form)
+        assert kinds(after)["QuantizeLinear"] == 1
+        assert sqnr(oracle.run(before, INPUTS)["z"], oracle.run(after, INPUTS)["z"]) > 30
+
+
+# --- twice, and the record -----------------------------------------------------------------
+
+
+@in_every_form
+def test_running_it_twice_changes_nothing(stats: Path, form: str, kind: str) -> None:
+    for quantize in (True, False):
+        options = {"format": form, "activations": kind, "quantize": quantize}
+        once, _ = smoothed(net(), stats, **options)
+        twice, report = smoothed(once, stats, **options)
+        assert not report.modified
+        assert once.SerializeToString() == twice.SerializeToString()
+        assert "OF255" in told(report).values() or quantize
+
+
+def test_the_record_holds_the_hash_of_the_statistics_and_replays(stats: Path) -> None:
+    after, report = smoothed(net(), stats)
+    stamp = {p.key: p.value for p in after.metadata_props}[PIPELINE_KEY]
+    sha256 = hashlib.sha256(stats.read_bytes()).hexdigest()
+    assert f"stats=sha256:{sha256}" in stamp.replace("'", "").replace('"', "")
+    assert str(stats) not in stamp
+    assert str(stats.parent) not in after.SerializeToString().decode("latin-1")
+    assert report.passes[0].text == stamp
+    again, _ = PassManager(stamp, statistics=[stats]).apply(net())
+    assert again.SerializeToString() == after.SerializeToString()
+    with pytest.raises(Refused, match=f"sha256:{sha256}"):
+        PassManager(stamp).apply(net())
+
+
+def test_every_weight_has_one_finding(stats: Path) -> None:
+    _, report = smoothed(net(), stats)
+    found = [f for f in report.passes[0].findings if f.fate is not None and not f.op]
+    assert sorted(f.where for f in found) == sorted(HELD)
+    assert {f.where for f in found if f.fate is Fate.TREATED} == {"wq", "wk", "wg", "wx"}
+
+
+@pytest.mark.parametrize("name", fixtures.names(runs=True))
+def test_statistics_are_of_a_model_however_it_is_handed_over(name: str) -> None:
+    file = str(statistics.of_fixture(name))
+    step = SmoothQuantFoldPass(stats=file, min_bytes=0, format="integer")
+    _, by_path = PassManager([step]).apply(fixtures.built(name))
+    _, by_proto = PassManager([step]).apply(onnx.load(fixtures.built(name)))
+    assert told(by_path) == told(by_proto)
+
+
+def test_the_command_line_replays_a_record(stats: Path, tmp_path: Path) -> None:
+    _, report = smoothed(net(), stats)
+    onnx.save(net(), tmp_path / "in.onnx")
+    code = "from onnxforge.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "--passes", report.passes[0].text]
+    files = [str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    failed = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert failed.returncode
+    assert "--stats names their file" in failed.stderr
+    subprocess.run([*command, "--stats", str(stats), *files], capture_output=True, check=True)
+    assert nodes(onnx.load(files[1]).graph) == nodes(smoothed(net(), stats)[0].graph)
