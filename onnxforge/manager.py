@@ -26,6 +26,7 @@ from onnxforge.verify import interface, problem
 from onnxforge.walk import tensors
 
 __all__ = [
+    "BY_HASH",
     "PIPELINE_KEY",
     "VERSION_KEY",
     "Observer",
@@ -38,7 +39,9 @@ PIPELINE_KEY = "onnxforge.pipeline"
 """Key of the metadata in which a model says what passes it went through."""
 
 VERSION_KEY = "onnxforge.version"
-_BY_HASH = "sha256:"
+
+BY_HASH = "sha256:"
+"""How the name of a file begins that is known by its SHA-256 only."""
 
 
 class Observer(Protocol):
@@ -317,10 +320,10 @@ class PassManager:
 
     def _known(self, name: str) -> Known:
         """What is in a file of statistics, which a pass names by its path or its SHA-256."""
-        if not name.startswith(_BY_HASH):
+        if not name.startswith(BY_HASH):
             return Known.read(Path(name))
         for path in self.statistics:
-            if (known := Known.read(path)).sha256 == name.removeprefix(_BY_HASH):
+            if (known := Known.read(path)).sha256 == name.removeprefix(BY_HASH):
                 return known
         raise Refused(f"the statistics with {name} are needed: --stats names their file")
 
@@ -369,7 +372,7 @@ def _overlaps(model: ir.Model) -> Iterator[Finding]:
 
 def _told(step: Pass, result: Result, seconds: float) -> PassReport:
     known: Mapping[str, Known] = result.model.meta.get(FILES, {})
-    hashes = {o: f"{_BY_HASH}{known[getattr(step, o)].sha256}" for o in step.files}
+    hashes = {o: f"{BY_HASH}{known[getattr(step, o)].sha256}" for o in step.files}
     recorded = replace(step, **hashes) if hashes else step
     text, effect = str(recorded.spec(full=True)), step.effect.value
     stats, findings = dict(result.stats), result.findings

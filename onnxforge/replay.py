@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from onnxforge.errors import Refused, about
 from onnxforge.fidelity import difference
 from onnxforge.layout import layout
 from onnxforge.lazy import BLOCK_BYTES, blocks, reader
-from onnxforge.manager import PIPELINE_KEY, VERSION_KEY, PassManager
+from onnxforge.manager import BY_HASH, PIPELINE_KEY, VERSION_KEY, PassManager
 from onnxforge.registry import parse
 from onnxforge.skeleton import skeleton
 from onnxforge.walk import tensors
@@ -64,6 +64,7 @@ def verify(
     child: str | os.PathLike[str],
     passes: str | None = None,
     *,
+    statistics: Sequence[str | os.PathLike[str]] = (),
     announce: Callable[[str], None] = lambda pipeline: None,
 ) -> Verification:
     """Make a model again from its parent, in memory, and compare graph and weights.
@@ -76,6 +77,7 @@ def verify(
         child: The model.
         passes: The pipeline; without one, that which the child has in its metadata. Such a
             text is foreign: only passes that are built in are run.
+        statistics: Files of statistics that the pipeline names by their SHA-256.
         announce: Told the pipeline before it is run.
 
     Raises:
@@ -91,7 +93,7 @@ def verify(
     with about(Path(child if passes is None else parent)):
         steps = _steps(pipeline, recorded=passes is None)
     with about(Path(parent)):
-        PassManager(steps, verify=False).apply(expected)
+        PassManager(steps, verify=False, statistics=statistics).apply(expected)
     remarks = _remarks(found, Path(child))
     if passes is not None:  # then what the child says of itself is not what is asked
         for model in (expected, found):
@@ -125,6 +127,10 @@ def _steps(pipeline: str, *, recorded: bool) -> tuple[Pass, ...]:
     steps = parse(pipeline, third_party=not recorded) if pipeline else ()
     if recorded and len(steps) > _MOST:
         raise Refused(f"{len(steps)} passes are recorded, more than {_MOST}: give --passes")
+    for step in steps if recorded else ():
+        named = [getattr(step, option) for option in step.files]
+        if not all(name.startswith(BY_HASH) for name in named):
+            raise Refused(f"the recorded {step.name} names a file by its path: give --passes")
     return steps
 
 

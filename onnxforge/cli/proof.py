@@ -172,8 +172,11 @@ def _show(document: Document, style: str, output: Path | None) -> None:
 @click.argument("parent", type=PATH)
 @click.argument("child", type=PATH)
 @click.option("--passes", metavar="PIPELINE", help="What made it, where it does not say so.")
+@click.option("--stats", type=PATH, multiple=True, help="For passes that name a SHA-256.")
 @FORMAT
-def verify(parent: Path, child: Path, passes: str | None, style: str) -> None:
+def verify(
+    parent: Path, child: Path, passes: str | None, stats: tuple[Path, ...], style: str
+) -> None:
     """Replay on PARENT what CHILD says it is made by, and compare; writes nothing.
 
     Exit code 1 names what differs.
@@ -183,7 +186,7 @@ def verify(parent: Path, child: Path, passes: str | None, style: str) -> None:
     def announce(pipeline: str) -> None:
         click.echo(f"pipeline: {printable(pipeline) or 'none, a copy'}", err=style == "json")
 
-    found = verified(parent, child, passes, announce=announce)
+    found = verified(parent, child, passes, statistics=stats, announce=announce)
     if style == "json":
         fields = {"schema": 1, "parent": str(parent), "child": str(child)}
         told = dataclasses.asdict(found) | {"derived": found.derived}

@@ -21,6 +21,7 @@ from onnxforge.core import Fate
 from onnxforge.errors import Refused
 from onnxforge.manager import PIPELINE_KEY, Report
 from onnxforge.passes.smoothquant import SmoothQuantFoldPass
+from onnxforge.replay import verify
 from support import fixtures, integers, oracle, statistics
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
@@ -661,3 +662,21 @@ def test_the_command_line_replays_a_record(stats: Path, tmp_path: Path) -> None:
     assert "--stats names their file" in failed.stderr
     subprocess.run([*command, "--stats", str(stats), *files], capture_output=True, check=True)
     assert nodes(onnx.load(files[1]).graph) == nodes(smoothed(net(), stats)[0].graph)
+
+
+def test_a_tier_is_derived_with_its_statistics_and_never_by_a_path(
+    stats: Path, tmp_path: Path
+) -> None:
+    parent, child = tmp_path / "parent.onnx", tmp_path / "child.onnx"
+    onnx.save(net(), parent)
+    PassManager(f"smoothquant{{stats={stats} min_bytes=0}}").run(parent, child)
+    assert verify(parent, child, statistics=[stats]).derived
+    with pytest.raises(Refused, match="--stats names their file"):
+        verify(parent, child)
+    hostile = onnx.load(child)
+    for entry in hostile.metadata_props:
+        if entry.key == PIPELINE_KEY:
+            entry.value = f"smoothquant{{stats={stats}}}"
+    onnx.save(hostile, child)
+    with pytest.raises(Refused, match="names a file by its path"):
+        verify(parent, child, statistics=[stats])
