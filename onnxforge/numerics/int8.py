@@ -111,11 +111,8 @@ class Divide:
 
     def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
         """Fill ``out``."""
-        np.copyto(out, block)
         with np.errstate(invalid="ignore"):  # infinity by infinity, which `choose` finds
-            for piece in self.grid.channels.pieces(start, start + len(block)):
-                part = out[piece.start - start : piece.stop - start].reshape(piece.shape)
-                np.divide(part, self.grid.scale[piece.scale], out=part)
+            _by_channel(np.divide, self.grid, block, out, start)
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,17 @@ class Dequantize:
 
     def __call__(self, block: np.ndarray, out: np.ndarray, start: int) -> None:
         """Fill ``out``."""
-        np.copyto(out, block)
-        for piece in self.grid.channels.pieces(start, start + len(block)):
-            part = out[piece.start - start : piece.stop - start].reshape(piece.shape)
-            np.multiply(part, self.grid.scale[piece.scale], out=part)
+        _by_channel(np.multiply, self.grid, block, out, start)
+
+
+def _by_channel(
+    operation: np.ufunc, grid: Grid, block: np.ndarray, out: np.ndarray, start: int
+) -> None:
+    """Fill ``out`` with a block, as float32, and the scales of its channels."""
+    np.copyto(out, block)
+    for piece in grid.channels.pieces(start, start + len(block)):
+        part = out[piece.start - start : piece.stop - start].reshape(piece.shape)
+        operation(part, grid.scale[piece.scale], out=part)
 
 
 def choose(
