@@ -151,13 +151,8 @@ class Integers:
     def _quantize(self, value: ir.Value) -> Sequence[ir.Value]:
         """Integers, scale and zero point of an activation; made once, where it is made."""
         if value not in self._quantized:
-            graph, producer = value.graph, value.producer()
-            assert graph is not None, "an activation belongs to a graph"
             nodes, self._quantized[value] = self._quantizer(value)
-            if producer is not None:
-                graph.insert_after(producer, nodes)
-            else:
-                graph.insert_before(graph[0], nodes)
+            self.surgery.insert_behind(value, nodes)
         return self._quantized[value]
 
     def _quantizer(self, value: ir.Value) -> tuple[Sequence[ir.Node], Sequence[ir.Value]]:

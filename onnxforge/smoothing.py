@@ -118,10 +118,7 @@ class Group:
         # The more goes into the weights, the more a value beyond the ranges seen is clipped.
         enough = _TOLERANCE * min(after.noise for *_, after in tried)
         alpha, found, grid, after = next(one for one in tried if one[3].noise <= enough)
-        scaled, half = (
-            rows / found,
-            float(grid.scale) / 2,
-        )  # within it is rounding, no clipping
+        scaled, half = rows / found, float(grid.scale) / 2  # less far beyond is rounding
         clipped = (scaled < grid.low - half) | (scaled > grid.high + half)
         share = float(clipped.mean()) if clipped.size else 0.0
         return Smoothed(alpha, found, grid, share, before, after)
@@ -164,12 +161,7 @@ class Group:
         output = weights.unique(f"{self.activation.name}_smoothed")
         node = surgery.node("Mul", [self.activation, constant], output, ir.DataType.FLOAT)
         node.outputs[0].shape = self.activation.shape
-        graph, producer = self.activation.graph, self.activation.producer()
-        assert graph is not None, "an activation belongs to a graph"
-        if producer is not None:
-            graph.insert_after(producer, node)
-        else:
-            graph.insert_before(graph[0], node)
+        surgery.insert_behind(self.activation, [node])
         for product in self.products:
             product.node.replace_input_with(0, node.outputs[0])
         return node.outputs[0], node.name or "Mul"

@@ -79,6 +79,15 @@ class Surgery:
         name = self.weights.unique(f"{output}_{operator}")
         return ir.node(operator, inputs, attributes, name=name, outputs=[made])
 
+    def insert_behind(self, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+        """Put nodes right behind where a value is made, so before all its readers."""
+        graph, producer = value.graph, value.producer()
+        assert graph is not None, "a value that is read belongs to a graph"
+        if producer is not None:
+            graph.insert_after(producer, nodes)
+        else:
+            graph.insert_before(graph[0], nodes)
+
     def drop_dead(self, nodes: Sequence[ir.Node]) -> None:
         """Remove those of the nodes that nobody reads, the last first."""
         for node in reversed(nodes):

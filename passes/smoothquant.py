@@ -109,7 +109,7 @@ class SmoothQuantFoldPass(Pass):
             fates = {weight: skipped(weight, "OF255", "is smoothed") for weight in chosen}
             found = []
         else:
-            found = self._groups(model, chosen, candidates, weights, fates)
+            found = self._groups(model, frozenset(chosen), candidates, weights, fates)
         rewriter = (Qdq if self.format == "qdq" else StaticIntegers)(weights, frozen)
         remarks = list(self._smooth(found, rewriter, fates, frozen))
         rewriter.finish()
@@ -141,7 +141,7 @@ class SmoothQuantFoldPass(Pass):
     def _groups(
         self,
         model: ir.Model,
-        chosen: Sequence[Weight],
+        chosen: Set[Weight],
         candidates: Sequence[Candidate],
         weights: Weights,
         fates: dict[Weight, Finding],
