@@ -14,6 +14,7 @@ from onnxforge.cli.calibrate import calibrate
 from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
+from onnxforge.cli.support import support
 from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
 from onnxforge.interrupts import Interrupted, interruptible
 from onnxforge.postponed import postponed
@@ -44,7 +45,16 @@ def _cli() -> None:
     """Turn an exported ONNX model into the tiers a publisher ships."""
 
 
-for _command in (run, list_passes, explain, inspect_model, compare, verify, calibrate):
+for _command in (
+    run,
+    list_passes,
+    explain,
+    inspect_model,
+    support,
+    compare,
+    verify,
+    calibrate,
+):
     _cli.add_command(_command)
 
 

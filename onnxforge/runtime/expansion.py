@@ -37,8 +37,7 @@ def function(
     except onnx.defs.SchemaError:
         return None
     if fixed := [v for v in schema.function_opset_versions if v <= version]:
-        text = schema.get_function_with_opset_version(max(fixed))
-        return serde.deserialize_function(onnx.FunctionProto.FromString(text))
+        return _read(schema.get_function_with_opset_version(max(fixed)))
     built = [v for v in schema.context_dependent_function_opset_versions if v <= version]
     types = [to_proto(kind) if kind else onnx.TypeProto() for kind in inputs]
     if not built or None in types or None in inputs:
@@ -48,7 +47,14 @@ def function(
         as_node((domain, op_type), inputs, outputs, attributes).SerializeToString(),
         [kind.SerializeToString() for kind in types if kind is not None],
     )
+    return _read(text)
+
+
+def _read(text: bytes) -> ir.Function | None:
     made = onnx.FunctionProto.FromString(text)
+    # Outputs that the node does without are made by nothing, which onnx_ir does not read.
+    known = {*made.input, *(name for node in made.node for name in node.output)}
+    made.output[:] = [name for name in made.output if name in known]
     return serde.deserialize_function(made) if made.node else None
 
 

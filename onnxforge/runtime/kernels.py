@@ -130,6 +130,17 @@ class Signature:
                 found.setdefault(port.name, set()).add(kind)
         return found
 
+    def admits(self, inputs: Sequence[str | None], outputs: Sequence[str | None]) -> bool:
+        """Whether the operator may have such types, as far as they are known."""
+        mixed = {port.type for port in (*self.inputs, *self.outputs) if port.many}
+        for name, kinds in self.bound(inputs, outputs).items():
+            known = kinds - {None}
+            if name in self.choices and not known <= set(self.choices[name]):
+                return False
+            if name in self.choices and len(known) > 1 and name not in mixed:
+                return False
+        return True
+
 
 @functools.cache
 def signature(domain: str, op_type: str, version: int) -> Signature | None:

@@ -10,10 +10,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from onnxforge.errors import SpecError
-from onnxforge.runtime.expansion import function
-from onnxforge.runtime.kernels import Provider, has_kernel, limit, releases, type_known
+from onnxforge.runtime.kernels import Provider, has_kernel, limit, releases, signature, type_known
 from onnxforge.runtime.types import element
-from onnxforge.runtime.uses import Use, function_uses, uses
+from onnxforge.runtime.uses import Use, uses
 from onnxforge.walk import scopes
 
 __all__ = ["Reason", "Support", "node_reason", "supported", "versions"]
@@ -158,9 +157,8 @@ class _Question:
 
 def _key(use: Use) -> tuple[object, ...]:
     node = use.node
-    version = use.imports.get(use.domain)
     attributes = tuple(sorted(name for name in use.attributes))
-    return (use.domain, node.op_type, version, use.inputs, use.outputs, attributes)
+    return (use.domain, node.op_type, use.version, use.inputs, use.outputs, attributes)
 
 
 def _element_types(model: ir.Model) -> dict[str, str]:
@@ -183,35 +181,40 @@ def node_reason(use: Use, release: str, provider: Provider = "cpu") -> Reason | 
     A node is placed where a kernel takes it as it is; else, if onnx makes the operator of
     others, where those are placed; else, on the processor, with casts from float16 to float.
     """
-    answer = _placed(use, release, provider)
+    known = signature(use.domain, use.node.op_type, _version(use, release))
+    answer = known is not None and known.admits(use.inputs, use.outputs)
+    answer = answer and _placed(use, release, provider)
     if answer is True:
         return None
     name = f"{use.domain}::{use.node.op_type}" if use.domain else use.node.op_type
-    version = use.imports.get(use.domain)
     types = ", ".join(kind or "?" for kind in use.inputs if kind != "")
-    text = f"{name} {version} of {types or 'nothing'}"
+    text = f"{name} {use.version} of {types or 'nothing'}"
+    if known is None:
+        return Reason("kernel", use.where, f"{name}: no such operator in version {use.version}")
     if answer is None:
         return Reason("unknown", use.where, f"{text}: the tables do not tell")
     return Reason("kernel", use.where, f"{text}: no kernel")
 
 
 def _placed(use: Use, release: str, provider: Provider) -> bool | None:
-    imported = use.imports.get(use.domain)
-    version = (limit(release, use.domain) or 1) if imported is None else imported
-    operator = (use.domain, use.node.op_type, version)
+    operator = (use.domain, use.node.op_type, _version(use, release))
     answers = []
     for place in dict.fromkeys((provider, "cpu")):
         answers.append(has_kernel(release, place, operator, use.inputs, use.outputs))
         if answers[-1]:
             return True
-    body = function(operator, use.inputs, use.outputs, use.attributes)
-    if body is not None:
-        parts = {_placed(part, release, provider) for part in function_uses(use, body)}
+    if use.parts:
+        parts = {_placed(part, release, provider) for part in use.parts}
         return False if False in parts else None if None in parts else True
     if _needs_casts(use):
         as_float = [_widened(types) for types in (use.inputs, use.outputs)]
         answers.append(has_kernel(release, "cpu", operator, *as_float))
     return True if True in answers else None if None in answers else False
+
+
+def _version(use: Use, release: str) -> int:
+    """What is imported; without an import a release takes the newest that it has."""
+    return (limit(release, use.domain) or 1) if use.version is None else use.version
 
 
 def _needs_casts(use: Use) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import graphlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxforge.runtime.expansion import as_node
+from onnxforge.runtime.expansion import as_node, function
 from onnxforge.runtime.kernels import Signature, signature
 from onnxforge.runtime.types import element, of_proto, of_value, to_proto
 from onnxforge.walk import bodies, label
 
-__all__ = ["Use", "function_uses", "uses"]
+__all__ = ["Use", "uses"]
 
 Types = Sequence["str | None"]
 Imports = Mapping[str, int]
@@ -47,6 +48,23 @@ class Use:
         """Domain of the operator, "" for ai.onnx."""
         return _standard(self.node.domain)
 
+    @property
+    def version(self) -> int | None:
+        """Version of the operator set, None where it is not imported."""
+        return self.imports.get(self.domain)
+
+    @functools.cached_property
+    def parts(self) -> tuple[Use, ...]:
+        """The nodes that onnx makes of it, none for an operator that is made of nothing."""
+        if self.version is None:
+            return ()
+        operator = self.domain, self.node.op_type, self.version
+        body = function(operator, self.inputs, self.outputs, self.attributes)
+        if body is None:
+            return ()
+        walk = _Walk({}, {**self.imports, **_imports(body.opset_imports)})
+        return tuple(walk.function(body, f"{self.where}/", self.inputs, self.attributes))
+
 
 def uses(model: ir.Model) -> Iterator[Use]:
     """Every node of a model, in bodies and in functions as they are called.
@@ -55,12 +73,6 @@ def uses(model: ir.Model) -> Iterator[Use]:
     """
     walk = _Walk(model.functions, _imports(model.opset_imports))
     yield from walk.graph(model.graph, "", {})
-
-
-def function_uses(use: Use, function: ir.Function) -> list[Use]:
-    """The nodes of the function that onnx makes an operator of."""
-    walk = _Walk({}, {**use.imports, **_imports(function.opset_imports)})
-    return list(walk.function(function, f"{use.where}/", use.inputs, use.attributes))
 
 
 def _standard(domain: str) -> str:
@@ -239,15 +251,22 @@ def _inferred(
     domain = _standard(node.domain)
     outputs: list[str | None] = [None] * len(node.outputs)
     proto = as_node((domain, node.op_type), inputs, outputs, attributes)
-    known = ((i, to_proto(kind)) for i, kind in enumerate(inputs) if kind)
-    given = {f"in{i}": kind for i, kind in known if kind is not None}
+    given = {
+        f"in{i}": to_proto(kind or "") or onnx.TypeProto()
+        for i, kind in enumerate(inputs)
+        if kind != ""
+    }
     opsets = [onnx.helper.make_opsetid(*item) for item in imports.items()]
     try:
         schema = onnx.defs.get_schema(node.op_type, imports.get(domain, 1), domain)
         found = onnx.shape_inference.infer_node_outputs(
             schema, proto, given, opset_imports=opsets
         )
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, ValueError, KeyError):
+    except (
+        onnx.checker.ValidationError,
+        onnx.defs.SchemaError,
+        onnx.shape_inference.InferenceError,
+    ):
         return outputs
     return [of_proto(found.get(f"out{i}")) for i in range(len(outputs))]
 
