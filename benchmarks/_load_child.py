@@ -51,7 +51,7 @@ def _operators() -> list[Any]:
 
     return [
         (schema.domain, schema.name, schema.since_version, ports(schema.inputs),
-         ports(schema.outputs))
+         ports(schema.outputs), list(schema.attributes))
         for schema in state.get_all_operator_schema()
         if not schema.deprecated
     ]  # fmt: skip

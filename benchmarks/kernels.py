@@ -199,11 +199,38 @@ def signatures(told: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[st
     """What goes into the operators that onnx does not know, and what comes out of them."""
     found: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for release in told:
-        for domain, op, _, inputs, outputs in release["operators"]:
+        for domain, op, _, inputs, outputs, _ in release["operators"]:
             if domain.startswith("com.ms.internal") or onnx.defs.has(op, domain):
                 continue
             found[domain][op] = [_ports(inputs), _ports(outputs)]
     return {domain: dict(sorted(ops.items())) for domain, ops in sorted(found.items())}
+
+
+def lacking(
+    told: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, str]]:
+    """Operators, and attributes of operators, that onnx tells of and a release lacks.
+
+    Only of those whose version a release loads: the others need no word.
+    """
+    held: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for release, parts in told.items():
+        own = {(d, op, since): set(names) for d, op, since, _, _, names in parts["operators"]}
+        for schema in onnx.defs.get_all_schemas_with_history():
+            key = schema.domain, schema.name, schema.since_version
+            newest = found[release].get(schema.domain, 0)
+            if schema.deprecated or schema.since_version > newest:
+                continue
+            operator = f"{schema.name} {schema.since_version}"
+            if key not in own:
+                held[schema.domain][operator].add(release)
+            for name in set(schema.attributes) - own.get(key, set(schema.attributes)):
+                held[schema.domain][f"{operator} {name}"].add(release)
+    known = list(told)
+    return {
+        domain: {what: " ".join(_spans(known, releases)) for what, releases in parts.items()}
+        for domain, parts in sorted(held.items())
+    }
 
 
 def _ports(formal: Iterable[tuple[str, str, str]]) -> str:
@@ -246,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name in limit[runtimes.RELEASES[-1]]["type"]
         },
         "signatures": signatures(told.values()),
+        "lacking": lacking(told, limit),
         "cpu": rows.of({release: processor(found) for release, found in told.items()}),
     }
     if options.repository:

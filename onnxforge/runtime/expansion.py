@@ -37,7 +37,8 @@ def function(
     except onnx.defs.SchemaError:
         return None
     if fixed := [v for v in schema.function_opset_versions if v <= version]:
-        return _read(schema.get_function_with_opset_version(max(fixed)))
+        body = _read(schema.get_function_with_opset_version(max(fixed)))
+        return body if body and _holds(body, max(fixed), version) else None
     built = [v for v in schema.context_dependent_function_opset_versions if v <= version]
     types = [to_proto(kind) if kind else onnx.TypeProto() for kind in inputs]
     if not built or None in types or None in inputs:
@@ -48,6 +49,16 @@ def function(
         [kind.SerializeToString() for kind in types if kind is not None],
     )
     return _read(text)
+
+
+def _holds(body: ir.Function, written: int, version: int) -> bool:
+    """Whether its operators are, at a later version, still those it was written with."""
+    return all(
+        onnx.defs.get_schema(node.op_type, written, node.domain).since_version
+        == onnx.defs.get_schema(node.op_type, version, node.domain).since_version
+        for node in body.graph
+        if node.domain == ""
+    )
 
 
 def _read(text: bytes) -> ir.Function | None:

@@ -24,6 +24,7 @@ __all__ = [
     "releases",
     "signature",
     "type_known",
+    "version_in",
 ]
 
 Provider = Literal["cpu", "cuda", "web", "webgpu"]
@@ -32,7 +33,7 @@ Provider = Literal["cpu", "cuda", "web", "webgpu"]
 PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda", "web", "webgpu")
 
 _FILE = Path(__file__).with_name("kernels.json")
-_ROW = re.compile(r"(\d+)(\+|-(\d+))(?: (\d[\d.]*)?\.\.(\d[\d.]*)?)?((?: \w+=\S+)*)")
+_ROW = re.compile(r"(\d+)(\+|-(\d+))(?: ([\d.]*\.\.[\d.]*))?((?: \w+=\S+)*)")
 
 
 @functools.cache
@@ -102,12 +103,14 @@ class Signature:
         inputs: What goes in.
         outputs: What comes out.
         choices: Types that a variable can stand for, where onnx tells.
+        attributes: Names of its attributes, where onnx tells.
     """
 
     since: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     choices: Mapping[str, Sequence[str]]
+    attributes: frozenset[str] = frozenset()
 
     def bound(
         self, inputs: Sequence[str | None], outputs: Sequence[str | None]
@@ -166,7 +169,32 @@ def signature(domain: str, op_type: str, version: int) -> Signature | None:
         constraint.type_param_str: tuple(map(_plain, constraint.allowed_type_strs))
         for constraint in schema.type_constraints
     }
-    return Signature(schema.since_version, inputs, outputs, choices)
+    return Signature(
+        schema.since_version, inputs, outputs, choices, frozenset(schema.attributes)
+    )
+
+
+def version_in(release: str, operator: tuple[str, str, int]) -> int | None:
+    """The version whose form of an operator a release takes, None where it has none of it.
+
+    It is the imported one, but where onnx brought a form later than the release was made.
+    """
+    domain, op_type, version = operator
+    known = signature(*operator)
+    while known is not None:
+        span = _table()["lacking"].get(domain, {}).get(f"{op_type} {known.since}")
+        if span is None or not _within(span, release):
+            return version
+        version = known.since - 1
+        known = signature(domain, op_type, version) if version else None
+    return None
+
+
+def _within(span: str, release: str) -> bool:
+    """Whether a release is in ``1.17..1.19``, ``1.21..`` or, in an empty text, in all."""
+    first, _, last = span.partition("..")
+    low, high = first or releases()[0], last or releases()[-1]
+    return _number(low) <= _number(release) <= _number(high)
 
 
 def _port(text: str) -> Port:
@@ -183,17 +211,16 @@ def _plain(type_name: str) -> str:
 class _Kernel:
     first: int
     last: int | None
-    oldest: tuple[int, int]
-    newest: tuple[int, int]
+    releases: str
     types: Mapping[str, frozenset[str]]
 
-    def fits(self, since: int, release: tuple[int, int]) -> bool:
+    def fits(self, since: int, release: str) -> bool:
         """Whether it is in a release and takes an operator as of a version.
 
         One without a last version takes only the very version it begins with: nobody knows
         whether it does what a later one asks for.
         """
-        if not self.oldest <= release <= self.newest:
+        if not _within(self.releases, release):
             return False
         if self.last is None:
             return since == self.first
@@ -211,19 +238,17 @@ class _Kernel:
 @functools.cache
 def _kernels(part: str, domain: str, op_type: str) -> tuple[_Kernel, ...]:
     rows: list[str] = _table()[part].get(domain, {}).get(op_type, [])
-    known = releases() if part == "cpu" else documented()
-    return tuple(_parsed(row, known) for row in rows)
+    return tuple(_parsed(row) for row in rows)
 
 
-def _parsed(row: str, known: Sequence[str]) -> _Kernel:
+def _parsed(row: str) -> _Kernel:
     match = _ROW.fullmatch(row)
     assert match is not None, row
-    types = dict(word.split("=") for word in match[6].split())
+    types = dict(word.split("=") for word in match[5].split())
     return _Kernel(
         int(match[1]),
         None if match[2] == "+" else int(match[3]),
-        _number(match[4] or known[0]),
-        _number(match[5] or known[-1]),
+        match[4] or "",
         {name: _set(text) for name, text in types.items()},
     )
 
@@ -265,10 +290,9 @@ def has_kernel(
     if part != "cpu" and release not in documented():
         return None
     bound = known.bound(inputs, outputs)
-    number = _number(release)
     answers = {
         kernel.takes(bound)
         for kernel in _kernels(part, domain, op_type)
-        if kernel.fits(known.since, number)
+        if kernel.fits(known.since, release)
     }
     return True if True in answers else None if None in answers else False

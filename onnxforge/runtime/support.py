@@ -10,7 +10,15 @@ from typing import Literal
 import onnx_ir as ir
 
 from onnxforge.errors import SpecError
-from onnxforge.runtime.kernels import Provider, has_kernel, limit, releases, signature, type_known
+from onnxforge.runtime.kernels import (
+    Provider,
+    has_kernel,
+    limit,
+    releases,
+    signature,
+    type_known,
+    version_in,
+)
 from onnxforge.runtime.types import element
 from onnxforge.runtime.uses import Use, uses
 from onnxforge.walk import scopes
@@ -181,23 +189,30 @@ def node_reason(use: Use, release: str, provider: Provider = "cpu") -> Reason | 
     A node is placed where a kernel takes it as it is; else, if onnx makes the operator of
     others, where those are placed; else, on the processor, with casts from float16 to float.
     """
-    known = signature(use.domain, use.node.op_type, _version(use, release))
-    answer = known is not None and known.admits(use.inputs, use.outputs)
-    answer = answer and _placed(use, release, provider)
+    name = f"{use.domain}::{use.node.op_type}" if use.domain else use.node.op_type
+    version = _version(use, release)
+    known = None if version is None else signature(use.domain, use.node.op_type, version)
+    if version is None or known is None:
+        asked = "" if use.version is None else f" {use.version}"
+        return Reason("kernel", use.where, f"{name}{asked}: no such operator")
+    for attribute in use.attributes:
+        if version != use.version and attribute not in known.attributes:
+            return Reason("kernel", use.where, f"{name} {version}: no attribute {attribute}")
+    answer = known.admits(use.inputs, use.outputs) and _placed(use, release, provider)
     if answer is True:
         return None
-    name = f"{use.domain}::{use.node.op_type}" if use.domain else use.node.op_type
     types = ", ".join(kind or "?" for kind in use.inputs if kind != "")
-    text = f"{name} {use.version} of {types or 'nothing'}"
-    if known is None:
-        return Reason("kernel", use.where, f"{name}: no such operator in version {use.version}")
+    text = f"{name} {version} of {types or 'nothing'}"
     if answer is None:
         return Reason("unknown", use.where, f"{text}: the tables do not tell")
     return Reason("kernel", use.where, f"{text}: no kernel")
 
 
 def _placed(use: Use, release: str, provider: Provider) -> bool | None:
-    operator = (use.domain, use.node.op_type, _version(use, release))
+    version = _version(use, release)
+    if version is None:
+        return False
+    operator = (use.domain, use.node.op_type, version)
     answers = []
     for place in dict.fromkeys((provider, "cpu")):
         answers.append(has_kernel(release, place, operator, use.inputs, use.outputs))
@@ -212,9 +227,10 @@ def _placed(use: Use, release: str, provider: Provider) -> bool | None:
     return True if True in answers else None if None in answers else False
 
 
-def _version(use: Use, release: str) -> int:
-    """What is imported; without an import a release takes the newest that it has."""
-    return (limit(release, use.domain) or 1) if use.version is None else use.version
+def _version(use: Use, release: str) -> int | None:
+    """The version a release takes; without an import that is the newest that it has."""
+    asked = (limit(release, use.domain) or 1) if use.version is None else use.version
+    return version_in(release, (use.domain, use.node.op_type, asked))
 
 
 def _needs_casts(use: Use) -> bool:

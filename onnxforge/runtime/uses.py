@@ -62,7 +62,7 @@ class Use:
         body = function(operator, self.inputs, self.outputs, self.attributes)
         if body is None:
             return ()
-        walk = _Walk({}, {**self.imports, **_imports(body.opset_imports)})
+        walk = _Walk({}, {**_imports(body.opset_imports), **self.imports})
         return tuple(walk.function(body, f"{self.where}/", self.inputs, self.attributes))
 
 
