@@ -1,4 +1,4 @@
-"""Load models, one a line on stdin, and answer each with its error: in any onnxruntime.
+"""Load and run models in any onnxruntime: orders on stdin, an answer to each on stdout.
 
 With ``--kernels`` it tells instead which kernels and which operators the runtime has.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+import numpy
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -22,19 +23,27 @@ def main() -> None:
         answers.write(json.dumps({"kernels": _kernels(), "operators": _operators()}))
         answers.flush()
         return
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     for line in sys.stdin:
-        answers.write(json.dumps(_error(line.rstrip("\n"), options)) + "\n")
+        answers.write(json.dumps(_failure(*json.loads(line))) + "\n")
         answers.flush()
 
 
-def _error(path: str, options: Any) -> str | None:
+def _failure(model: str, inputs: list[str]) -> tuple[str, str] | None:
+    """What failed, ``load`` or ``run``, and the runtime's words; None where nothing did."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    step = "load"
     try:
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
+        step = "run"
+        for path in inputs:
+            with numpy.load(path) as archive:
+                session.run(None, dict(archive))
     except Exception as error:  # the bindings raise many classes, none of them ours
-        return " ".join(str(error).split()) or type(error).__name__
+        return step, " ".join(str(error).split()) or type(error).__name__
     return None
 
 
@@ -50,11 +59,17 @@ def _operators() -> list[Any]:
         return [(port.name, port.typeStr, port.option.name) for port in formal]
 
     return [
-        (schema.domain, schema.name, schema.since_version, ports(schema.inputs),
-         ports(schema.outputs), list(schema.attributes))
+        (
+            schema.domain,
+            schema.name,
+            schema.since_version,
+            ports(schema.inputs),
+            ports(schema.outputs),
+            list(schema.attributes),
+        )
         for schema in state.get_all_operator_schema()
         if not schema.deprecated
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

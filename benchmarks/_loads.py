@@ -1,15 +1,21 @@
-"""Loading many models on one release of onnxruntime, whatever becomes of the process."""
+"""Loading and running many models on one release, whatever becomes of the process."""
 
 from __future__ import annotations
 
 import json
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 CHILD = Path(__file__).resolve().with_name("_load_child.py")
+
+Order = tuple[Path, Sequence[Path]]
+"""A model, and archives of inputs for it, one for each run."""
+
+Failure = tuple[str, str]
+"""``load``, ``run`` or ``crash``, and what was said."""
 
 
 def kernels(python: Path) -> dict[str, Any]:
@@ -18,11 +24,10 @@ def kernels(python: Path) -> dict[str, Any]:
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
 
 
-def errors(python: Path, models: Iterable[Path]) -> list[str | None]:
-    """What a release says to each model, None where it loads it; a crash is an answer too."""
-    waiting = list(models)
-    found: list[str | None] = []
-    while len(found) < len(waiting):
+def failures(python: Path, orders: Sequence[Order]) -> list[Failure | None]:
+    """What fails of each order, None where nothing does; a crash is an answer too."""
+    found: list[Failure | None] = []
+    while len(found) < len(orders):
         child = subprocess.Popen(
             [str(python), "-I", str(CHILD)],
             stdin=subprocess.PIPE,
@@ -30,10 +35,13 @@ def errors(python: Path, models: Iterable[Path]) -> list[str | None]:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
         )
-        orders = "".join(f"{path}\n" for path in waiting[len(found) :])
-        answers = child.communicate(orders)[0].splitlines()
-        found += map(json.loads, answers)
-        if len(found) < len(waiting):
+        lines = (
+            json.dumps([str(model), list(map(str, inputs))]) + "\n"
+            for model, inputs in orders[len(found) :]
+        )
+        answers = child.communicate("".join(lines))[0].splitlines()
+        found += [None if text == "null" else tuple(json.loads(text)) for text in answers]
+        if len(found) < len(orders):
             code = child.returncode
-            found.append(f"died with {signal.Signals(-code).name if code < 0 else code}")
+            found.append(("crash", signal.Signals(-code).name if code < 0 else str(code)))
     return found

@@ -57,7 +57,9 @@ def limits(release: str, python: Path, folder: Path) -> dict[str, Any]:
         paths.append(folder / f"{i}.onnx")
         paths[-1].write_bytes(model.SerializeToString())
     loaded: dict[str, list[str]] = defaultdict(list)
-    for (kind, what), error in zip(tried, _loads.errors(python, paths), strict=True):
+    for (kind, what), error in zip(
+        tried, _loads.failures(python, [(path, ()) for path in paths]), strict=True
+    ):
         if error is None:
             loaded[kind].append(what)
     found: dict[str, Any] = {kind: loaded[kind] for kind in ("type",)}

@@ -21,10 +21,12 @@ __all__ = [
     "documented",
     "has_kernel",
     "limit",
+    "number",
     "releases",
     "signature",
     "type_known",
     "version_in",
+    "within",
 ]
 
 Provider = Literal["cpu", "cuda", "web", "webgpu"]
@@ -53,7 +55,8 @@ def documented() -> tuple[str, ...]:
     return tuple(_table()["documented"])
 
 
-def _number(release: str) -> tuple[int, int]:
+def number(release: str) -> tuple[int, int]:
+    """A release as numbers that can be compared."""
     major, minor = release.split(".")
     return int(major), int(minor)
 
@@ -69,14 +72,14 @@ def limit(release: str, domain: str | None = None) -> int | None:
     steps: Mapping[str, int] = (
         table["ir"] if domain is None else table["opsets"].get(domain, {})
     )
-    reached = [step for step in steps if _number(step) <= _number(release)]
+    reached = [step for step in steps if number(step) <= number(release)]
     return steps[reached[-1]] if reached else None
 
 
 def type_known(release: str, name: str) -> bool:
     """Whether a release knows an element type at all."""
     since: str | None = _table()["types"].get(name)
-    return since is not None and _number(since) <= _number(release)
+    return since is not None and number(since) <= number(release)
 
 
 @dataclass(frozen=True)
@@ -183,18 +186,18 @@ def version_in(release: str, operator: tuple[str, str, int]) -> int | None:
     known = signature(*operator)
     while known is not None:
         span = _table()["lacking"].get(domain, {}).get(f"{op_type} {known.since}")
-        if span is None or not _within(span, release):
+        if span is None or not within(span, release):
             return version
         version = known.since - 1
         known = signature(domain, op_type, version) if version else None
     return None
 
 
-def _within(span: str, release: str) -> bool:
+def within(span: str, release: str) -> bool:
     """Whether a release is in ``1.17..1.19``, ``1.21..`` or, in an empty text, in all."""
     first, _, last = span.partition("..")
     low, high = first or releases()[0], last or releases()[-1]
-    return _number(low) <= _number(release) <= _number(high)
+    return number(low) <= number(release) <= number(high)
 
 
 def _port(text: str) -> Port:
@@ -220,7 +223,7 @@ class _Kernel:
         One without a last version takes only the very version it begins with: nobody knows
         whether it does what a later one asks for.
         """
-        if not _within(self.releases, release):
+        if not within(self.releases, release):
             return False
         if self.last is None:
             return since == self.first

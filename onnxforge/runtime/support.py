@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +9,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from onnxforge.errors import SpecError
+from onnxforge.runtime.ceilings import ceiling
+from onnxforge.runtime.forms import faults
 from onnxforge.runtime.kernels import (
     Provider,
     has_kernel,
@@ -39,12 +40,14 @@ class Reason:
         node: Path of the node, empty where it is about the whole model.
         text: The reason, in one line.
         at_run: Whether the model loads and then fails.
+        domain: Domain of the node's operator, "" for ai.onnx or where it is about no node.
     """
 
     kind: Kind
     node: str
     text: str
     at_run: bool = False
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,12 @@ def versions(text: str) -> tuple[str, ...]:
 
 
 def _position(text: str) -> int:
-    match = re.fullmatch(r"(\d+\.\d+)(?:\.(?:\d+|x|\*))?", text, re.ASCII)
-    known = releases()
-    if match is None:
-        raise SpecError(f"{text!r} is no onnxruntime version such as {known[0]}")
-    if match[1] not in known:
-        span = f"{known[0]} to {known[-1]}"
-        raise SpecError(f"onnxruntime {text} is not known; known are {span}")
-    return known.index(match[1])
+    found = ceiling(text)
+    if not found.is_known:
+        raise SpecError(
+            f"onnxruntime {text} is not known; the newest known is {found.release}"
+        )
+    return releases().index(found.release)
 
 
 class _Question:
@@ -129,8 +130,9 @@ class _Question:
         self._model = model
         self._provider = provider
         first: dict[tuple[object, ...], Use] = {}
-        for use in uses(model):
+        for use in (found := list(uses(model))):
             first.setdefault(_key(use), use)
+        self._faults = tuple(faults(model, found))
         self._uses = tuple(first.values())
         self._types = _element_types(model)
 
@@ -142,6 +144,10 @@ class _Question:
             if reason is not None and (reason.kind, reason.text) not in seen:
                 seen.add((reason.kind, reason.text))
                 reasons.append(reason)
+        for fault in self._faults:
+            if fault.holds(release, self._provider) and ("form", fault.text) not in seen:
+                seen.add(("form", fault.text))
+                reasons.append(Reason("form", fault.where, fault.text, fault.at_run))
         return Support(release, self._provider, tuple(reasons), self._provider != "cpu")
 
     def _of_model(self, release: str) -> Iterator[Reason]:
@@ -194,18 +200,27 @@ def node_reason(use: Use, release: str, provider: Provider = "cpu") -> Reason | 
     known = None if version is None else signature(use.domain, use.node.op_type, version)
     if version is None or known is None:
         asked = "" if use.version is None else f" {use.version}"
-        return Reason("kernel", use.where, f"{name}{asked}: no such operator")
+        return Reason(
+            "kernel", use.where, f"{name}{asked}: no such operator", domain=use.domain
+        )
     for attribute in use.attributes:
         if version != use.version and attribute not in known.attributes:
-            return Reason("kernel", use.where, f"{name} {version}: no attribute {attribute}")
+            return Reason(
+                "kernel",
+                use.where,
+                f"{name} {version}: no attribute {attribute}",
+                domain=use.domain,
+            )
     answer = known.admits(use.inputs, use.outputs) and _placed(use, release, provider)
     if answer is True:
         return None
     types = ", ".join(kind or "?" for kind in use.inputs if kind != "")
     text = f"{name} {version} of {types or 'nothing'}"
     if answer is None:
-        return Reason("unknown", use.where, f"{text}: the tables do not tell")
-    return Reason("kernel", use.where, f"{text}: no kernel")
+        return Reason(
+            "unknown", use.where, f"{text}: the tables do not tell", domain=use.domain
+        )
+    return Reason("kernel", use.where, f"{text}: no kernel", domain=use.domain)
 
 
 def _placed(use: Use, release: str, provider: Provider) -> bool | None:

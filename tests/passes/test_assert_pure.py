@@ -14,7 +14,8 @@ from onnxforge.errors import CheckFailed, SpecError
 from onnxforge.fidelity import difference
 from onnxforge.passes.assert_pure import AssertPureAiOnnx
 from onnxforge.registry import parse
-from onnxforge.runtime.ceilings import NEWEST, OLDEST, Ceiling, ceiling
+from onnxforge.runtime.ceilings import Ceiling, ceiling
+from onnxforge.runtime.kernels import releases
 from support import fixtures
 from support.models import Case, models
 
@@ -260,8 +261,9 @@ def test_the_tighter_limit_is_named() -> None:
 def test_a_runtime_of_the_future_is_taken_as_the_newest_known() -> None:
     found = warnings(pure(), min_ort="1.99")
     assert [(finding.code, finding.level) for finding in found] == [("OF107", "warning")]
-    assert f"onnxruntime 1.99 is not known yet, the limits are those of {NEWEST}" in str(
-        found[0]
+    assert (
+        f"onnxruntime 1.99 is not known yet, the limits are those of {releases()[-1]}"
+        in str(found[0])
     )
 
 
@@ -285,7 +287,7 @@ def test_options_are_read_and_written() -> None:
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
-        (OLDEST, Ceiling("1.17", 9, 20)),
+        (releases()[0], Ceiling("1.17", 9, 20)),
         ("1.17.0", Ceiling("1.17", 9, 20)),
         ("1.18", Ceiling("1.18", 10, 21)),
         ("1.19.*", Ceiling("1.19", 10, 21)),
@@ -295,9 +297,9 @@ def test_options_are_read_and_written() -> None:
         ("1.23.2", Ceiling("1.23", 11, 23)),
         ("1.24", Ceiling("1.24", 13, 25)),
         ("1.25", Ceiling("1.25", 13, 26)),
-        (NEWEST, Ceiling("1.31", 13, 26)),
-        ("1.32", Ceiling("1.31", 13, 26, is_known=False)),
-        ("2.0", Ceiling("1.31", 13, 26, is_known=False)),
+        ("1.31.1", Ceiling("1.31", 13, 26)),
+        ("1.32", Ceiling("1.32", 14, 28)),
+        ("2.0", Ceiling(releases()[-1], 14, 28, is_known=False)),
     ],
 )
 def test_ceilings_are_those_that_were_measured(version: str, expected: Ceiling) -> None:
