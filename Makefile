@@ -9,13 +9,14 @@ CLIENTS ?=
 FIDELITY ?=
 CRASH ?=
 KERNELS ?=
+PREDICTED ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint format types coverage bench runtimes fidelity hostile \
-    crash clients kernels clean
+    crash clients kernels predicted clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +57,9 @@ bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for op
 
 runtimes: $(READY) ## try the fixtures on onnxruntime 1.17 to newest, RUNTIMES='...' for options
 	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
+predicted: $(READY) ## what `support` tells, against 16 onnxruntimes, PREDICTED='...' for options
+	$(BIN)/python benchmarks/predicted.py $(PREDICTED)
 
 fidelity: $(READY) ## 2,033 models through load and save, FIDELITY='*.onnx' for more
 	$(BIN)/python tests/sweeps/fidelity.py $(FIDELITY)

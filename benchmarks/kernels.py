@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def processor(told: Mapping[str, Any]) -> set[Kernel]:
 
 
 def _types(names: Iterable[str]) -> Iterator[str]:
-    return (re.sub(r"tensor\((\w+)\)", r"\1", name) for name in names)
+    return (re.sub(r"tensor\((\w+)\)", r"\1", name).replace(",", ":") for name in names)
 
 
 def documented(text: str, provider: str) -> set[Kernel]:
@@ -144,7 +144,7 @@ def documents(repository: Path, release: str, path: str) -> str | None:
 class Rows:
     """Kernels of one provider over all releases, as lines a person can read."""
 
-    def __init__(self, releases: list[str], sets: dict[frozenset[str], str]) -> None:
+    def __init__(self, releases: list[str], sets: dict[str, str]) -> None:
         self._releases = releases
         self._sets = sets
 
@@ -162,26 +162,22 @@ class Rows:
                     merged[(*head, types[0][0], span)] |= types[0][1]
                 else:
                     merged[(*head, types, span)] |= set()
-        table: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        rows = []
         for (domain, op, first, last, types, span), names in merged.items():
             by = ((types, frozenset(names)),) if isinstance(types, str) else types
+            texts = sorted((name, ",".join(sorted(allowed))) for name, allowed in by)
+            rows.append((domain, op, first, last, span, texts))
+        table: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for domain, op, first, last, span, texts in sorted(rows):
             words = [f"{first}+" if last == OPEN else f"{first}-{last}", span]
-            words += [f"{name}={self._named(allowed)}" for name, allowed in sorted(by)]
+            words += [f"{name}={self._named(text)}" for name, text in texts]
             table[domain][op].append(" ".join(filter(None, words)))
-        return {
-            domain: {op: sorted(rows, key=_order) for op, rows in sorted(ops.items())}
-            for domain, ops in sorted(table.items())
-        }
+        return {domain: dict(ops) for domain, ops in table.items()}
 
-    def _named(self, types: frozenset[str]) -> str:
-        text = ",".join(sorted(types))
+    def _named(self, text: str) -> str:
         if len(text) <= LONG:
             return text
-        return "@" + self._sets.setdefault(types, str(len(self._sets)))
-
-
-def _order(row: str) -> tuple[int, str]:
-    return int(re.match(r"\d+", row)[0]), row  # type: ignore[index]
+        return "@" + self._sets.setdefault(text, str(len(self._sets)))
 
 
 def _spans(known: list[str], releases: set[str]) -> Iterator[str]:
@@ -226,11 +222,11 @@ def lacking(
             operator = f"{schema.name} {schema.since_version}"
             if key not in own:
                 held[schema.domain][operator].add(release)
-            for name in set(schema.attributes) - own.get(key, set(schema.attributes)):
+            for name in sorted(set(schema.attributes) - own.get(key, set(schema.attributes))):
                 held[schema.domain][f"{operator} {name}"].add(release)
     known = list(told)
     return {
-        domain: {what: " ".join(_spans(known, releases)) for what, releases in parts.items()}
+        domain: {what: " ".join(_spans(known, on)) for what, on in sorted(parts.items())}
         for domain, parts in sorted(held.items())
     }
 
@@ -264,7 +260,8 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             limit[release] = limits(release, python, Path(folder))
     old = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    sets: dict[frozenset[str], str] = {}
+    # Names that the documented part uses stay.
+    sets = {} if options.repository else {t: n for n, t in old.get("sets", {}).items()}
     rows = Rows(list(runtimes.RELEASES), sets)
     table: dict[str, Any] = {
         "releases": list(runtimes.RELEASES),
@@ -283,12 +280,9 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         for part in ("documented", "cuda", "webgpu"):
             table[part] = old.get(part, {})
-        sets |= {
-            frozenset(text.split(",")): name for name, text in old.get("sets", {}).items()
-        }
-    table["sets"] = {name: ",".join(sorted(types)) for types, name in sets.items()}
+    table["sets"] = {name: text for text, name in sets.items()}
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    print(f"{TABLE}: {TABLE.stat().st_size} bytes", Counter(map(type, table)))
+    print(f"{TABLE}: {TABLE.stat().st_size} bytes")
 
 
 def from_documents(repository: Path, rows: Rows) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from onnxforge import model_io
 from onnxforge.compare.drawing import drawn
-from onnxforge.errors import DataError, RuntimeFailed
+from onnxforge.errors import DataError, Refused, RuntimeFailed
 from onnxforge.runtime.session import Session, Setup, write_all
 
 if TYPE_CHECKING:
@@ -50,23 +50,22 @@ def tried(path: Path, setup: Setup | None = None) -> Trial:
         ModelError: The model cannot be read.
         RuntimeFailed: onnxruntime is not installed.
     """
-    model = model_io.load(path, editable=False)
+    feeds = _feeds(model_io.load(path, editable=False))
+    why_not = feeds if isinstance(feeds, str) else ""
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
         session = Session(path, Path(folder), setup)
         try:
             with session:
-                feeds = _feeds(model)
-                if isinstance(feeds, str):
-                    return Trial(session.version, session.providers, "loads", feeds)
-                session.run(write_all(Path(folder), "in", feeds))
+                if not isinstance(feeds, str):
+                    session.run(write_all(Path(folder), "in", feeds))
         except RuntimeFailed as error:
             outcome: Outcome = "does not run" if session.version else "does not load"
             return Trial(session.version, session.providers, outcome, str(error))
-    return Trial(session.version, session.providers, "runs")
+    return Trial(session.version, session.providers, "loads" if why_not else "runs", why_not)
 
 
 def _feeds(model: ir.Model) -> dict[str, np.ndarray] | str:
     try:
         return dict(next(drawn(model, 1)).feeds)
-    except DataError as error:
+    except (DataError, Refused) as error:
         return str(error)

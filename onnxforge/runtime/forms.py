@@ -7,7 +7,6 @@ model, or load it and fail when it runs. All of them are tried on every release 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -85,7 +84,7 @@ def _of_model(model: ir.Model) -> Iterator[Fault]:
     overloads = [function for function in model.functions.values() if function.overload]
     for function in overloads[:1]:
         text = f"function {function.name} has overloads"
-        yield Fault(function.domain, text, "..1.24", providers=everywhere)
+        yield Fault(function.domain, text, "..1.26", providers=everywhere)
     for scope in scopes(model):
         own = {value for node in scope.graph for value in node.outputs}
         own |= {*scope.graph.inputs, *scope.graph.initializers.values()}
@@ -110,14 +109,10 @@ def _weight(scope: Scope, value: ir.Value) -> Iterator[Fault]:
         if scope.parent is not None:
             text = "a weight of a body is in a data file, which onnxruntime-web does not find"
             yield Fault(where, text, providers=("web",))
-    readers = {reader for reader, _ in value.uses()}
+    readers = [reader for reader, _ in value.uses()]
     half = tensor is not None and tensor.dtype == ir.DataType.FLOAT16
-    if (
-        half
-        and value.is_graph_input()
-        and len(readers) == 1
-        and _is_cast(*readers, scope.opset_imports)
-    ):
+    single = half and value.is_graph_input() and len(set(readers)) == 1
+    if single and _is_cast(readers[0], scope.opset_imports):
         text = "a float16 weight that is an input too, cast for its only reader, crashes"
         yield Fault(where, text, "1.23..1.29")
 
@@ -148,7 +143,7 @@ def _constant(use: Use, i: int) -> ir.TensorProtocol | None:
 def _count(use: Use, i: int) -> int:
     """How many elements the weight that is an input has, 0 where it is none."""
     tensor = _constant(use, i)
-    return 0 if tensor is None else math.prod(map(int, tensor.shape))
+    return 0 if tensor is None else tensor.size
 
 
 def _maker(use: Use, i: int) -> ir.Node | None:
@@ -235,7 +230,7 @@ def _batched_qdq(use: Use) -> Fault | None:
     weight = makers[1]
     assert weight is not None
     zero = weight.inputs[2] if len(weight.inputs) > 2 else None
-    if zero is None or zero.const_value is None or math.prod(zero.const_value.shape) <= 1:
+    if zero is None or zero.const_value is None or zero.const_value.size <= 1:
         return None
     if (_rank(weight.inputs[0]) or 0) < 3:
         return None

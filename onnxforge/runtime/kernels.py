@@ -207,7 +207,7 @@ def _port(text: str) -> Port:
 
 def _plain(type_name: str) -> str:
     """``seq(float)`` of ``seq(tensor(float))``: a type as the table writes it."""
-    return re.sub(r"tensor\((\w+)\)", r"\1", type_name)
+    return re.sub(r"tensor\((\w+)\)", r"\1", type_name).replace(",", ":")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def of_proto(proto: onnx.TypeProto | None) -> str | None:
         return element(ir.DataType(number)) if number else None
     if kind == "map_type":
         key, inner = ir.DataType(proto.map_type.key_type), of_proto(proto.map_type.value_type)
-        return inner and f"map({element(key)},{inner})"
+        return inner and f"map({element(key)}:{inner})"
     for word, field in _HOLDERS.items():
         if kind == field:
             inner = of_proto(getattr(proto, field).elem_type)

@@ -190,7 +190,7 @@ class _Walk:
         self, node: ir.Node, inputs: Types, attributes: Mapping[str, ir.Attr]
     ) -> Types:
         if node.op_type == "Constant":
-            return (_constant(attributes),)
+            return (_constant({**node.attributes, **attributes}),)
         domain = _standard(node.domain)
         known = signature(domain, node.op_type, self._imports.get(domain, 1))
         if known is None:
@@ -235,7 +235,7 @@ def _handed(node: ir.Node, inputs: Types) -> Types:
 def _constant(attributes: Mapping[str, ir.Attr]) -> str | None:
     kinds = {"value_int": "int64", "value_float": "float", "value_string": "string"}
     for name, attribute in attributes.items():
-        if attribute.type == ir.AttributeType.TENSOR:
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
             return element(attribute.as_tensor().dtype)
         if kind := kinds.get(name.removesuffix("s")):
             return kind

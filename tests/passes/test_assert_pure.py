@@ -1,5 +1,6 @@
 """assert-pure: every node outside ai.onnx by its path, and the limits of runtimes."""
 
+import re
 from collections.abc import Iterator
 
 import onnx
@@ -248,6 +249,31 @@ def test_a_runtime_limits_ir_and_opset(fixture: str, release: str, codes: list[s
         assert offences(model, min_ort=release) == [(code, "model") for code in codes]
     else:
         assert warnings(model, min_ort=release) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "release", "reason"),
+    [
+        ("y = ConvInteger(x, w)", "1.23", "ConvInteger 17 of uint8, int8: no kernel"),
+        ("y = ConvInteger(x, w)", "1.24", None),
+        ("b = Cast <to=16> (x) c = Neg(b) y = Cast <to=6> (c)", "1.32", "Neg 17 of bfloat16"),
+        ("y = foreign.Op(x)", "1.17", None),
+    ],
+)
+def test_a_runtime_needs_a_kernel_for_each_node(
+    body: str, release: str, reason: str | None
+) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17, "foreign" : 1]> g '
+    model = parser.parse_model(
+        f"{text}(uint8[1,1,4,4] x, int8[1,1,2,2] w) => (int32[a,b,c,d] y) {{ {body} }}"
+    )
+    allow = ("foreign",)
+    if reason is None:
+        assert warnings(model, min_ort=release, allow=allow) == []
+        return
+    with pytest.raises(CheckFailed, match=re.escape(reason)) as failed:
+        warnings(model, min_ort=release, allow=allow)
+    assert [finding.code for finding in failed.value.findings] == ["OF108"]
 
 
 def test_the_tighter_limit_is_named() -> None:
