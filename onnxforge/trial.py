@@ -55,13 +55,17 @@ def tried(path: Path, setup: Setup | None = None) -> Trial:
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
         session = Session(path, Path(folder), setup)
         try:
-            with session:
-                if not isinstance(feeds, str):
-                    session.run(write_all(Path(folder), "in", feeds))
+            _run(session, None if isinstance(feeds, str) else feeds, Path(folder))
         except RuntimeFailed as error:
             outcome: Outcome = "does not run" if session.version else "does not load"
             return Trial(session.version, session.providers, outcome, str(error))
     return Trial(session.version, session.providers, "loads" if why_not else "runs", why_not)
+
+
+def _run(session: Session, feeds: dict[str, np.ndarray] | None, folder: Path) -> None:
+    with session:
+        if feeds is not None:
+            session.run(write_all(folder, "in", feeds))
 
 
 def _feeds(model: ir.Model) -> dict[str, np.ndarray] | str:
