@@ -41,11 +41,18 @@ def _summary(cls: type) -> str:
 
 
 @click.command()
-@click.argument("topic", metavar="PASS|CODE")
+@click.argument("topic", metavar="PASS|RULE|CODE")
 def explain(topic: str) -> None:
-    """Explain a pass, or the code of a finding."""
+    """Explain a pass, a rule of lint, or the code of a finding."""
     import inspect
 
+    from onnxforge.lint.rules import RULES
+
+    for rule in RULES:
+        if topic in (rule.name, rule.name.replace("-", "_")) or topic.upper() == rule.code:
+            text = inspect.getdoc(rule.check)
+            click.echo(f"{rule.code} {rule.name} ({rule.level})\n\n{text}")
+            return
     from onnxforge.manager import PassManager
     from onnxforge.registry import entries, pass_class
 

@@ -1,0 +1,122 @@
+"""Lint: rules, applied to models and to bundles."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from onnxforge.errors import OnnxforgeError
+from onnxforge.lint.bundle import Bundle, bundle
+from onnxforge.lint.config import Options, matches
+from onnxforge.lint.files import LocalFiles
+from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
+from onnxforge.lint.rules import RULES
+
+if TYPE_CHECKING:
+    from onnxforge.lint.model import Model
+
+__all__ = ["lint"]
+
+_MODEL = ".onnx"
+
+
+def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None) -> Report:
+    """Look for what is wrong with models and bundles; writes nothing.
+
+    Args:
+        paths: Model files, folders, and http addresses of either. The models of a folder are
+            a bundle.
+        options: What to look for.
+
+    Raises:
+        OnnxforgeError: A path is not there, or an option means nothing.
+    """
+    options = options or Options()
+    options.refuse_unknown(RULES)
+    active = [(rule, level) for rule in RULES if (level := options.level(rule)) != "off"]
+    findings: list[Finding] = []
+    notes: dict[str, None] = {}
+    models: list[str] = []
+    for found in _bundles(paths, options):
+        models += [found.files.shown(model.name) for model in found.models]
+        run = _Run(found, options)
+        for rule, level in active:
+            findings += run.findings(rule, cast("Level", level))
+        notes |= dict.fromkeys(run.notes)
+    findings.sort(key=lambda finding: (finding.path, finding.code))
+    return Report(findings, list(notes), models)
+
+
+class _Run:
+    """The rules on one bundle."""
+
+    def __init__(self, found: Bundle, options: Options) -> None:
+        self._bundle = found
+        self._options = options
+        self.notes: list[str] = []
+
+    def findings(self, rule: Rule, level: Level) -> Iterator[Finding]:
+        """What a rule finds in the models or in the bundle as a whole."""
+        if rule.reads and not self._may_read(rule):
+            return
+        if rule.of == "bundle":
+            yield from self._told(rule, level, None, rule.check(self._bundle, self._options))
+            return
+        for model in self._bundle.models:
+            if model.broken is None or rule.code == "OF410":
+                problems = rule.check(model, self._options)
+                yield from self._told(rule, level, model, problems)
+
+    def _may_read(self, rule: Rule) -> bool:
+        if not self._options.hash:
+            return False
+        if self._bundle.files.local("") is None:
+            self.notes.append(
+                f"{self._bundle.files.root}: {rule.code} reads whole files, not over http"
+            )
+            return False
+        return True
+
+    def _told(
+        self, rule: Rule, level: Level, model: Model | None, problems: Iterable[Problem]
+    ) -> Iterator[Finding]:
+        for problem in problems:
+            name = problem.file if problem.file is not None else model.name if model else ""
+            path = self._bundle.files.shown(name)
+            if not self._options.ignores(rule, path):
+                own = min(level, problem.level, key=_LEVELS.index) if problem.level else level
+                text = (problem.where, problem.message, problem.passes)
+                yield Finding(rule.code, rule.name, own, path, *text)
+
+
+_LEVELS: list[Any] = ["info", "warning", "error"]
+
+
+def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Iterator[Bundle]:
+    """What paths mean: each folder a bundle, files of one folder together."""
+    alone: dict[Path, list[str]] = defaultdict(list)
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from _folder(path, options)
+        elif path.exists():
+            alone[path.parent].append(path.name)
+        else:
+            raise OnnxforgeError(f"{path}: no such file or folder")
+    for folder, names in alone.items():
+        yield bundle(LocalFiles(folder, deep=False), list(dict.fromkeys(names)), whole=False)
+
+
+def _folder(path: Path, options: Options) -> Iterator[Bundle]:
+    files = LocalFiles(path)
+    names = [
+        name
+        for name in files.names
+        if name.endswith(_MODEL)
+        and not any(matches(files.shown(name), pattern) for pattern in options.exclude)
+    ]
+    if not names:
+        raise OnnxforgeError(f"{path}: no model (*{_MODEL}) in it")
+    yield bundle(files, names, whole=True)
