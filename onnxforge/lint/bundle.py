@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from onnxforge.lint.files import Files
 
-__all__ = ["MANIFEST", "METADATA", "Bundle", "bundle", "is_reduced"]
+__all__ = ["MANIFEST", "METADATA", "Bundle", "bundle", "is_reduced", "is_tier"]
 
 MANIFEST, METADATA = "manifest.json", "metadata.json"
 
@@ -101,6 +101,11 @@ def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:
         beside = [n for n in files.names if n.endswith(".onnx") and n not in names]
         found.others = [Model(files, name) for name in beside]
     return found
+
+
+def is_tier(folder: str) -> bool:
+    """Whether the last part of a folder names a tier."""
+    return _TIER.fullmatch(folder.rstrip("/").rpartition("/")[2]) is not None
 
 
 def is_reduced(tier: str) -> bool:

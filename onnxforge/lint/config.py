@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from onnxforge.runtime.ceilings import ceiling
 if TYPE_CHECKING:
     from onnxforge.lint.finding import Rule
 
-__all__ = ["Options", "configured", "find"]
+__all__ = ["Options", "configured", "find", "matches"]
 
 _LEVELS = (*get_args(Level), "off")
 _PLACES = (("onnxforge.toml", ("lint",)), ("pyproject.toml", ("tool", "onnxforge", "lint")))
@@ -85,13 +86,11 @@ def matches(path: str, pattern: str) -> bool:
 
 def find(paths: Iterable[Path]) -> Path | None:
     """The configuration next to the first of some paths, or above it."""
-    for path in paths:
-        start = path.absolute()
-        for folder in (start, *start.parents):
-            for name, keys in _PLACES:
-                if _table(folder / name, keys) is not None:
-                    return folder / name
-        return None
+    start = next((path.absolute() for path in paths), None)
+    folders = [] if start is None else [start, *start.parents]
+    for folder, (name, keys) in itertools.product(folders, _PLACES):
+        if _table(folder / name, keys) is not None:
+            return folder / name
     return None
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import Bundle, bundle
+from onnxforge.lint.bundle import MANIFEST, Bundle, bundle, is_tier
 from onnxforge.lint.config import Options, matches
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
@@ -42,12 +44,23 @@ def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None
     models: list[str] = []
     for found in _bundles(paths, options):
         models += [found.files.shown(model.name) for model in found.models]
-        run = _Run(found, options)
+        run = _Run(found, _claimed(found, options))
         for rule, level in active:
             findings += run.findings(rule, cast("Level", level))
         notes |= dict.fromkeys(run.notes)
     findings.sort(key=lambda finding: (finding.path, finding.code))
     return Report(findings, list(notes), models)
+
+
+def _claimed(found: Bundle, options: Options) -> Options:
+    """The options, with the oldest runtime that a bundle says it is for if they name none."""
+    targets = found.said.get("targets")
+    releases = targets.get("onnxruntime") if isinstance(targets, dict) else None
+    if options.min_ort is not None or not isinstance(releases, list):
+        return options
+    known = [text for text in releases if re.fullmatch(r"\d+\.\d+", str(text))]
+    oldest = min(known, key=lambda text: [int(part) for part in text.split(".")], default=None)
+    return replace(options, min_ort=oldest)
 
 
 class _Run:
@@ -110,13 +123,38 @@ def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Itera
 
 
 def _folder(path: Path, options: Options) -> Iterator[Bundle]:
+    """The bundles below a folder."""
     files = LocalFiles(path)
-    names = [
-        name
-        for name in files.names
-        if name.endswith(_MODEL)
-        and not any(matches(files.shown(name), pattern) for pattern in options.exclude)
-    ]
-    if not names:
+    found: dict[str, list[str]] = defaultdict(list)
+    roots = _roots([name for name in files.names if name.endswith(_MODEL)], files.names)
+    for name, root in roots.items():
+        shown = files.shown(name)
+        if not any(matches(shown, pattern) for pattern in options.exclude):
+            found[root].append(name[len(root) :])
+    if not roots:
         raise OnnxforgeError(f"{path}: no model (*{_MODEL}) in it")
-    yield bundle(files, names, whole=True)
+    for root, names in found.items():
+        below = LocalFiles(path / root) if root else files
+        yield bundle(below, names, whole=True)
+
+
+def _roots(models: Iterable[str], names: Container[str]) -> dict[str, str]:
+    """The folder of the bundle that each model belongs to, with a slash at its end.
+
+    That is the folder that holds the folders of tiers, or the list of hashes; else the folder
+    of the model itself.
+    """
+    folders = {name: name[: name.rfind("/") + 1] for name in models}
+    parents = {_parent(folder) for folder in folders.values() if is_tier(folder)}
+    found = {}
+    for name, folder in folders.items():
+        above = folder
+        while above not in parents and f"{above}{MANIFEST}" not in names and above:
+            above = _parent(above)
+        marked = above in parents or f"{above}{MANIFEST}" in names
+        found[name] = above if marked else folder
+    return found
+
+
+def _parent(folder: str) -> str:
+    return folder[: folder.rstrip("/").rfind("/") + 1]

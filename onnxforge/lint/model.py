@@ -11,14 +11,15 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxforge.errors import ModelError
+from onnxforge.lint.held import Held, held
 from onnxforge.lint.view import graphs
 from onnxforge.storage import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from onnxforge.lint.files import Files
-    from onnxforge.lint.view import Graph, Tensor
+    from onnxforge.lint.view import Graph, Node, Tensor
 
 __all__ = ["Header", "Model"]
 
@@ -109,9 +110,19 @@ class Model:
         return graphs(self.proto, self.header.payloads, self.header.location)
 
     @property
+    def nodes(self) -> Iterator[Node]:
+        """All its nodes, those of outer graphs first."""
+        return (node for graph in self.graphs for node in graph.nodes)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All its tensors."""
         return [tensor for graph in self.graphs for tensor in graph.tensors]
+
+    @functools.cached_property
+    def held(self) -> list[Held]:
+        """Those of its tensors that lie in data files."""
+        return held(self)
 
     @functools.cached_property
     def metadata(self) -> dict[str, str]:

@@ -159,6 +159,7 @@ class Graph:
         inputs: Names of its inputs.
         outputs: Names of its outputs.
         parent: The graph around it, None for the main graph and for functions.
+        holder: The node that runs this body.
         is_function: Whether it is the body of a function.
         nodes: In the order they are written.
         tensors: All that it holds, but for those in bodies.
@@ -176,6 +177,7 @@ class Graph:
     inputs: Sequence[str]
     outputs: Sequence[str]
     parent: Graph | None = None
+    holder: Node | None = None
     is_function: bool = False
     proto: onnx.GraphProto | onnx.FunctionProto = field(default_factory=onnx.GraphProto)
     nodes: list[Node] = field(default_factory=list)
@@ -354,7 +356,7 @@ class _Reading:
         for body in bodies:
             path = f"{where}/{attribute.name}/"
             ports = _names(body.input), _names(body.output)
-            self.add(Graph(path, graph.imports, *ports, parent=graph, proto=body))
+            self.add(Graph(path, graph.imports, *ports, parent=graph, holder=node, proto=body))
 
 
 def _link(graph: Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -78,9 +79,7 @@ def unused_import(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    for graph in model.graphs:
-        if graph.parent is not None:
-            continue
+    for graph in _owners(model):
         used = {node.proto.domain for each in _family(model, graph) for node in each.nodes}
         if not graph.is_function:  # the main graph imports for functions as well
             used |= {function.domain for function in model.proto.functions}
@@ -109,15 +108,13 @@ def missing_import(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    for graph in model.graphs:
-        if graph.parent is not None:
-            continue
+    for graph in _owners(model):
         nodes = [node for each in _family(model, graph) for node in each.nodes]
         counts = Counter("" if n.proto.domain == "ai.onnx" else n.proto.domain for n in nodes)
-        for domain, count in counts.items():
-            if domain not in graph.imports:
-                text = f"{domain or 'ai.onnx'} is not imported, but {count} nodes are of it"
-                yield Problem(text, _name(graph))
+        for domain in counts.keys() - graph.imports.keys():
+            nodes_are = "node is" if counts[domain] == 1 else "nodes are"
+            text = f"{domain or 'ai.onnx'} is not imported, but {counts[domain]} {nodes_are}"
+            yield Problem(f"{text} of it", _name(graph))
 
 
 def ir_too_new(model: Model, options: Options) -> Iterator[Problem]:
@@ -171,9 +168,9 @@ def opset_too_new(model: Model, options: Options) -> Iterator[Problem]:
     if options.min_ort is None:
         return
     limit = ceiling(options.min_ort)
-    for graph in model.graphs:
+    for graph in _owners(model):
         version = graph.imports.get("", 0)
-        if graph.parent is None and version > limit.max_opset:
+        if version > limit.max_opset:
             text = f"imports ai.onnx {version}, onnxruntime {limit.release} loads at most"
             yield Problem(f"{text} {limit.max_opset}", _name(graph))
 
@@ -202,19 +199,14 @@ def unknown_operator(model: Model, options: Options) -> Iterator[Problem]:
     local = {
         function.name for function in model.proto.functions if function.domain in _STANDARD
     }
-    for graph in model.graphs:
-        version = graph.imports.get("", 0)
-        if not 0 < version <= newest:
-            continue
-        known: dict[str, str] = {}
-        for node in graph.nodes:
-            op_type = node.proto.op_type
-            if node.proto.domain in _STANDARD and op_type not in local:
-                reason = known.setdefault(op_type, _lack(op_type, version))
-                if reason:
-                    yield Problem(reason, node.where)
+    for node in model.nodes:
+        version, op_type = node.graph.imports.get("", 0), node.proto.op_type
+        standard = node.proto.domain in _STANDARD and op_type not in local
+        if standard and 0 < version <= newest and (reason := _lack(op_type, version)):
+            yield Problem(reason, node.where)
 
 
+@functools.cache
 def _lack(op_type: str, version: int) -> str:
     """Why an operator is not there, empty if it is."""
     if not onnx.defs.has(op_type):
@@ -224,6 +216,11 @@ def _lack(op_type: str, version: int) -> str:
     except onnx.defs.SchemaError:
         return f"ai.onnx has {op_type} at a later version than {version} only"
     return f"ai.onnx {version} has {op_type} no more" if schema.deprecated else ""
+
+
+def _owners(model: Model) -> Iterator[Graph]:
+    """The main graph and the functions: what has imports of its own."""
+    return (graph for graph in model.graphs if graph.parent is None)
 
 
 def _family(model: Model, owner: Graph) -> Iterator[Graph]:
