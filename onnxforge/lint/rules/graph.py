@@ -164,7 +164,8 @@ def dead_node(model: Model, options: Options) -> Iterator[Problem]:
     for graph in model.graphs:
         alive = live(graph)
         for node in graph.nodes:
-            if node.index not in alive:
+            unique = all(graph.makers[name] is node for name in node.outputs)
+            if node.index not in alive and unique:
                 yield Problem(
                     f"nobody reads what this {node.op} makes", node.where, passes="tidy"
                 )

@@ -12,6 +12,7 @@ import onnx
 from onnxforge.errors import ModelError
 from onnxforge.lint.bundle import METADATA
 from onnxforge.lint.finding import Problem, Rule
+from onnxforge.lint.held import by_file
 
 if TYPE_CHECKING:
     from onnxforge.lint.bundle import Bundle
@@ -227,8 +228,9 @@ def named_file_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
         names |= {word: None for word in words if isinstance(word, str)}
     shared = said.get("files", [])
     names |= {word: None for word in shared if isinstance(word, str)}
+    told = by_file(bundle.models)  # what models name themselves is told of those
     for name in names:
-        if bundle.files.size(name) is None:
+        if bundle.files.size(name) is None and name not in told:
             yield Problem(f"{name} is not there", file=METADATA)
     yield from _named_elsewhere(bundle)
 
