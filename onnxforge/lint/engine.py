@@ -16,6 +16,7 @@ from onnxforge.lint.config import Options, matches
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
 from onnxforge.lint.rules import RULES
+from onnxforge.storage.remote import is_address
 
 if TYPE_CHECKING:
     from onnxforge.lint.model import Model
@@ -84,14 +85,13 @@ class _Run:
                 yield from self._told(rule, level, model, problems)
 
     def _may_read(self, rule: Rule) -> bool:
-        if not self._options.hash:
-            return False
-        if self._bundle.files.local("") is None:
-            self.notes.append(
-                f"{self._bundle.files.root}: {rule.code} reads whole files, not over http"
-            )
-            return False
-        return True
+        reason = "not with --no-hash" if not self._options.hash else None
+        if reason is None and self._bundle.files.local("") is None:
+            reason = "not over http"
+        if reason is not None:
+            text = f"{rule.code} {rule.name} reads whole files, {reason}"
+            self.notes.append(f"{self._bundle.files.root}: {text}")
+        return reason is None
 
     def _told(
         self, rule: Rule, level: Level, model: Model | None, problems: Iterable[Problem]
@@ -111,8 +111,14 @@ _LEVELS: list[Any] = ["info", "warning", "error"]
 def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Iterator[Bundle]:
     """What paths mean: each folder a bundle, files of one folder together."""
     alone: dict[Path, list[str]] = defaultdict(list)
-    for path in map(Path, paths):
-        if path.is_dir():
+    for given in paths:
+        path = Path(given)
+        if is_address(given):
+            from onnxforge.lint.remote import at_address
+
+            files, names, whole = at_address(str(given))
+            yield bundle(files, names, whole=whole)
+        elif path.is_dir():
             yield from _folder(path, options)
         elif path.exists():
             alone[path.parent].append(path.name)

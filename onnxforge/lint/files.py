@@ -28,9 +28,11 @@ class Files(abc.ABC):
 
     Attributes:
         root: The folder or address that names are below.
+        complete: Whether all files are known that are there.
     """
 
     root: str
+    complete: bool = True
 
     @property
     @abc.abstractmethod

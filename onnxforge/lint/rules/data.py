@@ -323,8 +323,8 @@ def orphaned_bytes(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """
     models = [*bundle.models, *bundle.others]
     looked = {model.name for model in bundle.models}
-    if any(model.broken is not None for model in models):
-        return  # what such a model owns nobody knows
+    if not bundle.files.complete or any(model.broken is not None for model in models):
+        return  # what other models own nobody knows
     for name, owners in by_file(models).items():
         size = bundle.files.size(name)
         mine = [each for each in owners if each.model.name in looked]
