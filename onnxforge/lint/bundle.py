@@ -122,15 +122,14 @@ def _sort(models: Sequence[Model], said: set[str]) -> bool:
         if folder in tiers:
             model.tier = folder
         elif not tiers:
-            stem, _, word = _split(model.stem)
-            if word and (_TIER.fullmatch(word) or word in said):
-                model.stem, model.tier = stem, word
+            model.stem, model.tier = _split(model.stem, said)
     return bool(tiers)
 
 
-def _split(stem: str) -> tuple[str, str, str]:
-    """A stem and the word behind its last sign."""
-    found = re.fullmatch(r"(.+)[_.]([^_.]+)|(.+)-([^-]+)", stem)
-    if found is None:
-        return stem, "", ""
-    return found[1] or found[3], "", found[2] or found[4]
+def _split(stem: str, said: set[str]) -> tuple[str, str]:
+    """A stem without its tier, and the tier: the longest ending that names one."""
+    for sign in re.finditer(r"(?<=.)[-_.]", stem):
+        word = stem[sign.end() :]
+        if _TIER.fullmatch(word) or word in said:
+            return stem[: sign.start()], word
+    return stem, ""

@@ -106,7 +106,7 @@ def conv_integer_input(model: Model, options: Options) -> Iterator[Problem]:
 
 
 def dequantized_batch(model: Model, options: Options) -> Iterator[Problem]:
-    """MatMul reads a batch of matrices dequantized with scales and zero points by channel.
+    """MatMul reads a batch of matrices dequantized with scales and zero points.
 
     What it does:
         Finds DequantizeLinear of constants of three and more axes, with a zero point and more
