@@ -49,7 +49,7 @@ def _words(
     show_default=True,
     help="What to print on stdout.",
 )
-@click.option("-o", "--output", type=PATH, callback=writable, help="Instead of stdout.")
+@click.option("--report", multiple=True, metavar="FORMAT=FILE", help="Write a file as well.")
 def lint(
     *,
     paths: tuple[str, ...],
@@ -64,7 +64,7 @@ def lint(
     baseline: Path | None,
     write_baseline: bool,
     style: str,
-    output: Path | None,
+    report: tuple[str, ...],
 ) -> int:
     """Look for what is wrong with models, and with bundles of them.
 
@@ -85,18 +85,28 @@ def lint(
         "derived": derived,
         "hash": hash_,
     }
+    files = [_report(text) for text in report]
     options = _options(paths, config, changes)
-    report = _looked(paths, options, mends=mends)
+    found = _looked(paths, options, mends=mends)
     if write_baseline and baseline is not None:
-        write_text(baseline, as_baseline(report, baseline))
+        write_text(baseline, as_baseline(found, baseline))
     if baseline is not None:
-        report = without_known(report, baseline)
-    text = FORMATS[style](report)
-    if output is None:
-        click.echo(text)
-    else:
-        write_text(output, text + "\n")
-    return 0 if report.clean else 1
+        found = without_known(found, baseline)
+    click.echo(FORMATS[style](found))
+    for name, path in files:
+        write_text(path, FORMATS[name](found) + "\n")
+    return 0 if found.clean else 1
+
+
+def _report(text: str) -> tuple[str, Path]:
+    """The format and the path of a file to be written."""
+    style, found, name = text.partition("=")
+    if not found or style not in _FORMATS:
+        raise click.UsageError(f"--report {text}: wanted {'|'.join(_FORMATS)}=FILE")
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise OnnxforgeError(f"{path}: is no place for a file")
+    return style, path
 
 
 def _options(
