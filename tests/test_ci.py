@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from support import bundles
-from support.bundles import edit
+from support import faultless
+from support.faultless import edit
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -38,7 +38,7 @@ def repository(tmp_path: Path) -> Path:
     """A repository of models with the hook that this one offers, in our own environment."""
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     hook |= {"language": "system", "args": ["--min-ort=1.17"]}
-    found = bundles.clean(tmp_path / "models")
+    found = faultless.clean(tmp_path / "models")
     config = {"repos": [{"repo": "local", "hooks": [hook]}]}
     (found / ".pre-commit-config.yaml").write_text(yaml.safe_dump(config))
     assert git(found, "init", "-q").returncode == 0
@@ -110,14 +110,14 @@ def acted(folder: Path, temp: Path, paths: str, args: str = "") -> Any:
 
 
 def test_the_action_annotates_and_summarizes(tmp_path: Path) -> None:
-    root = bundles.clean(tmp_path / "models with blanks")
+    root = faultless.clean(tmp_path / "models with blanks")
     temp = tmp_path / "temp"
     done = acted(tmp_path, temp, "models with blanks\n")
     assert done.returncode == 0, done.stderr
     assert "passed" in (temp / "summary.md").read_text()
     with edit(root / "int8/editor.onnx") as proto:
         proto.ir_version = 10
-    bundles.relist(root)
+    faultless.relist(root)
     done = acted(tmp_path, temp, "models with blanks/int8/editor.onnx", "--min-ort=1.17\n")
     assert done.returncode == 1
     assert done.stdout.startswith(

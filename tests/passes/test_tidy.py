@@ -14,7 +14,7 @@ from onnxforge import PassManager, laws, load
 from onnxforge.errors import Refused
 from onnxforge.fidelity import difference
 from onnxforge.passes.tidy import TidyPass
-from support import bundles, oracle
+from support import faultless, oracle
 
 HEAD = '<ir_version: 9, opset_import: ["" : 20]> g '
 
@@ -60,18 +60,18 @@ def test_without_sorting_the_order_stays() -> None:
 
 
 def branches(then: list[onnx.NodeProto], **more: object) -> onnx.ModelProto:
-    out = bundles.value("t", [4])
+    out = faultless.value("t", [4])
     yes = helper.make_graph(then, "yes", [], [out])
     no = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["e"])], "no", [], [bundles.value("e", [4])]
+        [helper.make_node("Relu", ["x"], ["e"])], "no", [], [faultless.value("e", [4])]
     )
     nodes = [
         helper.make_node("Neg", ["x"], ["outer"]),
         helper.make_node("If", ["c"], ["r"], then_branch=yes, else_branch=no),
         helper.make_node("Identity", ["x" if more.get("dead") else "r"], ["y"]),
     ]
-    c = bundles.value("c", [], onnx.TensorProto.BOOL)
-    return bundles.model(nodes, [bundles.value("x", [4]), c], [bundles.value("y", [4])])
+    c = faultless.value("c", [], onnx.TensorProto.BOOL)
+    return faultless.model(nodes, [faultless.value("x", [4]), c], [faultless.value("y", [4])])
 
 
 def test_what_a_body_reads_or_gives_out_stays() -> None:
@@ -95,20 +95,20 @@ def test_a_dead_body_takes_with_it_what_only_it_read() -> None:
 
 
 def test_an_initializer_that_is_an_input_stays() -> None:
-    model = bundles.model(
+    model = faultless.model(
         [helper.make_node("Neg", ["x"], ["y"])],
-        [bundles.value("x", [4]), bundles.value("w", [4])],
-        [bundles.value("y", [4])],
+        [faultless.value("x", [4]), faultless.value("w", [4])],
+        [faultless.value("y", [4])],
         {"w": np.ones(4, np.float32)},
     )
     assert tidied(model) == model
 
 
 def test_a_parameter_of_a_quantization_annotation_stays() -> None:
-    model = bundles.model(
+    model = faultless.model(
         [helper.make_node("Neg", ["x"], ["y"])],
-        [bundles.value("x", [4])],
-        [bundles.value("y", [4])],
+        [faultless.value("x", [4])],
+        [faultless.value("y", [4])],
         {"scale": np.ones(1, np.float32)},
     )
     note = model.graph.quantization_annotation.add(tensor_name="x")
@@ -131,8 +131,8 @@ def test_an_order_that_hangs_on_what_a_body_gives_out_is_refused() -> None:
 
 
 def test_what_is_left_has_the_same_bytes(tmp_path: Path) -> None:
-    proto = bundles.editor()
-    spare = numpy_helper.from_array(bundles.random(1, 64, 64), "spare")
+    proto = faultless.editor()
+    spare = numpy_helper.from_array(faultless.random(1, 64, 64), "spare")
     proto.graph.initializer.append(spare)
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     path.write_bytes(proto.SerializeToString())
@@ -152,16 +152,16 @@ def test_any_order_of_any_chain_computes_the_same(order: list[int], dead: set[in
     chain = [helper.make_node(op, [names[i]], [names[i + 1]]) for i, op in enumerate(ops)]
     nodes = [chain[i] for i in order]
     nodes += [helper.make_node("Neg", [names[i]], [f"dead{i}"]) for i in sorted(dead)]
-    ports = [bundles.value("x", [3])], [bundles.value("y", [3])]
-    result = tidied(bundles.model(nodes, *ports))
+    ports = [faultless.value("x", [3])], [faultless.value("y", [3])]
+    result = tidied(faultless.model(nodes, *ports))
     onnx.checker.check_model(result, full_check=True)
     assert [node.output[0] for node in result.graph.node] == names[1:]
     x = np.array([-1.5, 0.25, 2], np.float32)
-    expected = oracle.run(bundles.model(chain, *ports), {"x": x})
+    expected = oracle.run(faultless.model(chain, *ports), {"x": x})
     assert oracle.run(result, {"x": x})["y"].tobytes() == expected["y"].tobytes()
 
 
 def test_an_onnx_ir_model_is_changed_in_place() -> None:
-    model = ir.serde.deserialize_model(bundles.editor())
+    model = ir.serde.deserialize_model(faultless.editor())
     again, _ = TidyPass().apply(model)
     assert again is model
