@@ -43,6 +43,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
         "shard{max_bytes=64KiB target=browser lift=true digits=1}",
     ),
     "set-ir": ("set-ir{max=9}", "set-ir{max=8}"),
+    "tidy": ("tidy", "tidy{sort=false}"),
     "smoothquant": (
         "smoothquant{stats=STATS}",
         "smoothquant{stats=STATS min_bytes=0 quantize=false}",
@@ -118,7 +119,7 @@ def test_valid_in_valid_out_with_the_same_interface(text: str, name: str) -> Non
     before, contract, imports = problem(model), interface(model), dict(model.opset_imports)
     result = outcome(one(text, name), name)
     if result is not None:
-        assert problem(result.model) == before
+        assert problem(result.model) in (before, None)
         assert interface(result.model) == contract
         assert dict(result.model.opset_imports) == imports
 

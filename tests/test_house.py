@@ -20,7 +20,7 @@ from support import fixtures
 ROOT = Path(__file__).parents[1]
 ENGINE = sorted((ROOT / "onnxforge").rglob("*.py"))
 PASSES = sorted((ROOT / "passes").rglob("*.py"))
-FOLDERS = ("onnxforge", "passes", "tests", "fixtures", "benchmarks")
+FOLDERS = ("onnxforge", "passes", "tests", "fixtures", "benchmarks", "docs")
 SOURCES = [f"{folder}/**/*.{kind}" for folder in FOLDERS for kind in ("py", "md", "onnxtxt")]
 CONFIGURATION = ["*.md", "*.toml", "*.yaml", "Makefile", ".ci/*"]
 TEXTS = [path for glob in SOURCES + CONFIGURATION for path in sorted(ROOT.glob(glob))]
