@@ -14,7 +14,7 @@ from onnxforge.bundle.documents import write_documents
 from onnxforge.bundle.extras import is_preserved, put_extras, put_golden
 from onnxforge.bundle.jobs import Job, Queue
 from onnxforge.bundle.place import move_file, move_models
-from onnxforge.bundle.plan import Plan, Status, Unit, units
+from onnxforge.bundle.plan import Plan, Stage, Status, Unit, units
 from onnxforge.errors import CheckFailed, OnnxforgeError
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class _Build:
         self.force, self.announce = force, announce
         self.plan = Plan(recipe, state)
         self.outcome = Outcome()
-        self.settled: dict[Unit, bool] = {}
+        self.settled: dict[Unit, Stage] = {}
+        self.begun: set[Unit] = set()
         self.calibrating: dict[str, set[Unit]] = {}
 
     def run(self, wanted: list[Unit]) -> Outcome:
@@ -144,7 +145,7 @@ class _Build:
             self.fail(unit, [str(error)])
         else:
             self.error(str(unit), error)
-        self.settle(unit, good=False)
+        self.settle(unit, "failed")
 
     def fail(self, unit: Unit, reasons: Iterable[str]) -> None:
         self.outcome.failed.setdefault(str(unit), []).extend(reasons)
@@ -163,11 +164,11 @@ class _Build:
             self.judge(unit, status)
         elif status.stage == "failed":
             self.fail(unit, status.reasons)
-            self.settle(unit, good=False)
+            self.settle(unit, "failed")
         else:
             if status.stage == "done":
                 self.outcome.kept.append(str(unit))
-            self.settle(unit, good=True)
+            self.settle(unit, status.stage)
 
     def calibrate(self, graph: Graph, unit: Unit) -> None:
         """Take the statistics of a graph, once for all units that wait for them."""
@@ -216,6 +217,9 @@ class _Build:
         self.queue.add(Job(name, task, self.heavy(graph), then, failed))
 
     def make(self, unit: Unit, status: Status) -> None:
+        if unit in self.begun:
+            raise OnnxforgeError(f"changed while it was made: {', '.join(status.reasons)}")
+        self.begun.add(unit)
         key = self.plan.key(unit)
         graphs = [self.recipe.graphs[name] for name in unit.graphs]
         in_place = self.recipe.is_source(graphs[0], unit.variants[0])
@@ -268,7 +272,7 @@ class _Build:
         def then(name: str, key: str, result: dict[str, Any]) -> None:
             if status.published and result["reasons"]:  # it keeps what it was published with
                 self.fail(unit, [f"{name}: {reason}" for reason in result["reasons"]])
-                self.settle(unit, good=False)
+                self.settle(unit, "failed")
                 return
             known[str(unit)]["graphs"][name]["judged"] = {"key": key, **result}
             self.state.save()
@@ -289,16 +293,13 @@ class _Build:
             failed = partial(self.give_up, unit)
             self.queue.add(Job(title, task, self.heavy(graph), follow, failed))
 
-    def settle(self, unit: Unit, *, good: bool) -> None:
+    def settle(self, unit: Unit, stage: Stage) -> None:
         """Note how it ended; with the last unit of a tier, put the tier into its place."""
-        self.settled[unit] = good and self.settled.get(unit, True)
+        self.settled[unit] = stage
         mine = [each for each in self.wanted if each.tier is unit.tier]
-        if not all(each in self.settled for each in mine):
-            return
-        if not all(self.settled[each] for each in mine):
-            return
-        for each in mine:
-            if self.plan.status(each).stage == "publish":
+        ends = [self.settled.get(each, "failed") for each in mine]
+        for each, end in zip(mine, ends, strict=True) if "failed" not in ends else ():
+            if end == "publish":
                 self.publish(each)
 
     def publish(self, unit: Unit) -> None:

@@ -150,7 +150,7 @@ def parity(told: Mapping[str, Any]) -> str:
     Args:
         told: What `metadata` gives.
     """
-    lines = [f"# {told['name']}: parity"]
+    lines = [f"# {told['name']}: parity", "", "## Error to the source"]
     for name, source in told["graphs"].items():
         rows = {tier: each["graphs"][name] for tier, each in told["tiers"].items()
                 if name in each["graphs"]}  # fmt: skip
@@ -164,7 +164,9 @@ def parity(told: Mapping[str, Any]) -> str:
     ]
     if gates:
         header = "tier", "graph", "gate", "output", "value"
-        lines += ["", *table_as_markdown(Table("Gates, all passed", header, gates))]
+        lines += ["", "## Gates", ""]
+        lines += ["A tier that does not keep to its gates is not published.", ""]
+        lines += table_as_markdown(Table("What was measured", header, gates))
     return "\n".join(lines) + "\n"
 
 
@@ -173,17 +175,24 @@ def _rows(tiers: Mapping[str, Any], size: int) -> Iterator[tuple[str, ...]]:
         head = tier, f"{graph['bytes'] / 1e6:.1f}", f"{100 * graph['bytes'] / size:.1f} %"
         found = graph["parity"]
         if found is None:
-            yield *head, "not compared" if graph["pipeline"] else "a copy", *("-",) * 8
-        for output in found["outputs"] if found else ():
-            argmax = output["argmax"]
-            yield (
-                *head,
-                Foreign(output["name"]),
-                *(_shown(output[error]) for error in _ERRORS),
-                f"{argmax['mismatches']}/{argmax['rows']}" if argmax else "-",
-                "yes" if output["finite"] else "no",
-            )
-            head = "", "", ""
+            what = "not compared" if graph["pipeline"] else "a copy"
+            yield *head, what, *("-" for _ in _HEADER[4:])
+            continue
+        differ = [each for each in found["outputs"] if each["max"] or not each["finite"]]
+        yield from ((*head, *_measured(output)) for output in differ)
+        if equal := len(found["outputs"]) - len(differ):
+            what = f"{equal} others" if differ else "all"
+            yield *head, what, *("0" for _ in _ERRORS[:4]), "inf", "1", "-", "yes"
+
+
+def _measured(output: Mapping[str, Any]) -> tuple[str, ...]:
+    argmax = output["argmax"]
+    return (
+        Foreign(output["name"]),
+        *(_shown(output[error]) for error in _ERRORS),
+        f"{argmax['mismatches']}/{argmax['rows']}" if argmax else "-",
+        "yes" if output["finite"] else "no",
+    )
 
 
 def _note(tiers: Mapping[str, Any]) -> str:

@@ -117,6 +117,7 @@ class Plan:
         self.state = state
         self.tools = {name: importlib.metadata.version(name) for name in _TOOLS}
         self._sources: dict[str, tuple[str, int]] = {}
+        self._hashed: dict[int, list[Any]] = {}
 
     def source(self, graph: Graph) -> tuple[str, int]:
         """Hash and size of the files of a source.
@@ -212,8 +213,7 @@ class Plan:
             steps, _ = self.passes(graph, variant)
             pipelines.append(",".join(str(step.spec(full=True)) for step in steps))
             names = {step.name for step in steps}
-            known = {n: e.distribution for n, e in entries().items() if n in names and e.point}
-            third_parties |= known
+            third_parties |= {n: v for n, v in self._third_parties.items() if n in names}
         return {
             "source": [self.source(graph)[0] for graph, _ in self._each(unit)],
             "pipeline": pipelines,
@@ -254,7 +254,17 @@ class Plan:
         setup = self.recipe.setup
         return [_version(_RUNTIME), list(setup.providers), setup.threads]
 
+    @functools.cached_property
+    def _third_parties(self) -> dict[str, str | None]:
+        """The packages of passes that are not built in."""
+        return {name: entry.distribution for name, entry in entries().items() if entry.point}
+
     def _samples(self, data: Data) -> list[Any]:
+        if id(data) not in self._hashed:
+            self._hashed[id(data)] = self._hash(data)
+        return self._hashed[id(data)]
+
+    def _hash(self, data: Data) -> list[Any]:
         fields = dataclasses.asdict(data)
         given = [*data.paths, *([data.preprocessor] if data.preprocessor else [])]
         del fields["paths"], fields["preprocessor"]
@@ -274,16 +284,16 @@ class Plan:
             return Status("calibrate", ("statistics are missing or out of date",), names)
         key = self.key(unit)
         published = self.state.published.get(str(unit))
-        if published is not None and published["key"] == key:
-            lost = self.lost(published, self.recipe.output / unit.folder)
-            if lost:
-                return Status("make", lost, unit.graphs)
-            return self._judged(unit, published, published=True)
+        reasons = _changes(published, key)
+        if published is not None and not reasons:
+            reasons = self.lost(published, self.recipe.output / unit.folder)
+            if not reasons:
+                return self._judged(unit, published, published=True)
         staged = self.state.staged.get(str(unit))
         is_made = staged is not None and staged["key"] == key
         if is_made and not self.lost(staged, self.staging(unit)):
             return self._judged(unit, staged, published=False)
-        return Status("make", _changes(published, key), unit.graphs)
+        return Status("make", reasons, unit.graphs)
 
     def _judged(self, unit: Unit, record: Mapping[str, Any], *, published: bool) -> Status:
         reasons: list[str] = []

@@ -112,8 +112,8 @@ class Make:
 
     def __call__(self, pulse: Pulse = still) -> list[dict[str, Any]]:
         """Do it; gives for each model what metadata say of it, and of its files."""
-        from onnxforge.manager import PassManager
         from onnxforge.bundle.place import put
+        from onnxforge.manager import PassManager
         from onnxforge.model_io import files, load
         from onnxforge.saving import save, save_shared
 
