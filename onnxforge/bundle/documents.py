@@ -101,18 +101,18 @@ def metadata(plan: Plan) -> dict[str, Any]:
             "browser": list(targets.browser),
         },
         "toolchain": {tool: ", ".join(sorted(versions[tool])) for tool in sorted(versions)},
-        "graphs": {name: _source(plan, name) for name in recipe.graphs},
+        "graphs": {n: _source(plan, n) for n in recipe.graphs if n in plan.state.sources},
         "tiers": tiers,
         "files": sorted([*extras, *golden]),
     }
 
 
 def _source(plan: Plan, name: str) -> dict[str, Any]:
-    sha, size = plan.source(plan.recipe.graphs[name])
+    source = plan.state.sources[name]
     variants = [tier.graphs[name] for tier in plan.recipe.tiers.values()]
     known = plan.state.statistics.get(name) if any(map(needs_calibration, variants)) else None
     used = known and {"sha256": known["sha256"], "samples": known["samples"]}
-    return {"sha256": sha, "bytes": size, "statistics": used}
+    return {"sha256": source["digest"], "bytes": source["bytes"], "statistics": used}
 
 
 def _graph(unit: Unit, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def put_extras(plan: Plan, *, force: bool) -> Iterator[str]:
         target, name = recipe.output / extra.path, str(extra.path)
         sha = state.sha256(extra.source)
         known = state.extras.get(name)
-        is_known = known is not None and known["sha256"] == sha
-        if is_known and ("md5" in known) == recipe.md5 and state.holds(target, sha):
+        expected = sha, recipe.md5
+        is_known = known is not None and (known["sha256"], "md5" in known) == expected
+        if is_known and state.holds(target, sha):
             continue
         if target.resolve() != extra.source.resolve():
             plan.refuse_foreign([target], force=force)

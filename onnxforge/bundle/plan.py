@@ -133,17 +133,18 @@ class Plan:
             size = sum(path.stat().st_size for path in paths)
             sha = hashlib.sha256(text.encode()).hexdigest()
             self._sources[graph.name] = sha, size
+            self.state.sources[graph.name] |= {"digest": sha, "bytes": size}
         return self._sources[graph.name]
 
     def _files(self, graph: Graph) -> list[Path]:
         """The model file and its data files, which the model file tells."""
-        known = self.state.sources.get(graph.name)
+        known, path = self.state.sources.get(graph.name), str(graph.source.absolute())
         sha = self.state.sha256(graph.source) if graph.source.is_file() else None
-        if known is None or known["sha256"] != sha or known["path"] != str(graph.source):
+        if known is None or known["sha256"] != sha or known["path"] != path:
             found = files(load(graph.source, editable=False))
             known = {
-                "sha256": self.state.sha256(graph.source),
-                "path": str(graph.source),
+                "sha256": sha,
+                "path": path,
                 "files": [str(path) for path in found],
             }
             self.state.sources[graph.name] = known
@@ -290,10 +291,9 @@ class Plan:
             if not reasons:
                 return self._judged(unit, published, published=True)
         staged = self.state.staged.get(str(unit))
-        is_made = staged is not None and staged["key"] == key
-        if is_made and not self.lost(staged, self.staging(unit)):
-            return self._judged(unit, staged, published=False)
-        return Status("make", reasons, unit.graphs)
+        if staged is None or staged["key"] != key or self.lost(staged, self.staging(unit)):
+            return Status("make", reasons, unit.graphs)
+        return self._judged(unit, staged, published=False)
 
     def _judged(self, unit: Unit, record: Mapping[str, Any], *, published: bool) -> Status:
         reasons: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnxforge.bundle.recipe import Calibration, Parity
     from onnxforge.compare.gates import Gate
     from onnxforge.core import Pass
-    from onnxforge.runtime.session import Setup
+    from onnxforge.runtime.session import ArrayFile, Setup
 
 __all__ = ["Calibrate", "Judge", "Look", "Make", "Preserve", "Pulse", "hashed", "still"]
 
@@ -274,11 +274,14 @@ class Preserve:
                 pulse()
                 feeds = write_all(scratch, "in", fit(sample, model))
                 outputs = session.run(feeds)
-                for kind, files in (("inputs", feeds), ("outputs", outputs)):
-                    place = self.folder / str(number) / kind
-                    place.mkdir(parents=True)
-                    for name, file in files.items():
-                        file.path.replace(place / f"{quote(name, safe='')}.npy")
+                _preserve(self.folder / str(number) / "inputs", feeds)
+                _preserve(self.folder / str(number) / "outputs", outputs)
         shutil.rmtree(scratch)
         if not (self.folder / str(self.count - 1)).exists():
             raise DataError(f"{self.source}: there are less than {self.count} golden samples")
+
+
+def _preserve(folder: Path, arrays: Mapping[str, ArrayFile]) -> None:
+    folder.mkdir(parents=True)
+    for name, file in arrays.items():
+        file.path.replace(folder / f"{quote(name, safe='')}.npy")

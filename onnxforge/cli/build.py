@@ -151,7 +151,5 @@ def _tell(outcome: Outcome, recipe: Recipe, style: str) -> None:
         more = len(outcome.errors) - 1
         raise OnnxforgeError(f"{name}: {text}" + (f" (and {more} more)" if more else ""))
     if outcome.failed:
-        lines = [f"{unit}: {'; '.join(why)}" for unit, why in outcome.failed.items()]
-        raise CheckFailed(
-            "\n  ".join(["gates do not hold, nothing of it was published", *lines]), ()
-        )
+        refused = [f"{unit}: {'; '.join(why)}" for unit, why in outcome.failed.items()]
+        raise CheckFailed(f"not published: {'; '.join(refused)}", ())

@@ -171,7 +171,7 @@ def test_the_same_bytes_elsewhere_in_other_processes(full: Path, tmp_path: Path)
     other = laid_out(tmp_path / "elsewhere", text)
     written(tmp_path, text)
     assert not made(full).errors
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         assert not made(other, pool, max_memory=10**9).errors
     first, second = contents(tmp_path / "out"), contents(other.parent / "out")
     assert "sq/one.onnx" in first
