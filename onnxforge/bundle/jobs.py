@@ -10,6 +10,7 @@ from typing import Any
 
 from onnxforge.bundle.tasks import Pulse, still
 from onnxforge.errors import OnnxforgeError
+from onnxforge.postponed import run_postponed
 
 __all__ = ["Job", "Queue", "machine_memory"]
 
@@ -82,6 +83,7 @@ class Queue:
                 future.cancel()
 
     def _start(self) -> None:
+        run_postponed()  # before there are threads
         taken = sum(job.memory for job in self._running.values())
         left = []
         for job in self._waiting:

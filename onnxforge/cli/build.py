@@ -6,16 +6,15 @@ import gc
 import json
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from onnxforge.cli.options import FORMAT, PATH
 from onnxforge.errors import CheckFailed, OnnxforgeError
 from onnxforge.interrupts import Interrupted
-from onnxforge.postponed import run_postponed
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
@@ -99,14 +98,6 @@ def _plan(recipe: Recipe, state: State, only: tuple[str, ...], style: str) -> No
         click.echo(printable(f"{unit}: {status.stage}{reasons}"))
 
 
-class _Pool(ThreadPoolExecutor):
-    """Threads, before the first of which all modules are whole."""
-
-    def submit(self, /, *words: Any, **named: Any) -> Future[Any]:
-        run_postponed()
-        return super().submit(*words, **named)
-
-
 def _built(
     recipe: Recipe,
     state: State,
@@ -124,7 +115,7 @@ def _built(
         if stopped.is_set():
             raise OnnxforgeError("the build was ended")
 
-    with _Pool(jobs or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         try:
             return built(
                 recipe,
