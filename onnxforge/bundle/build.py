@@ -311,7 +311,7 @@ class _Build:
         models = [graph["model"] for graph in graphs]
         data = sorted({name for graph in graphs for name in graph["data"]})
         try:
-            self.plan.refuse_foreign([folder / name for name in files], force=self.force)
+            self.plan.claim([folder / name for name in files], force=self.force)
             move_models(staged, folder, models, data)
             for name in sorted(files.keys() - {*models, *data}):
                 move_file(staged / name, folder / name, keep=False)

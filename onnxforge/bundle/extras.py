@@ -40,7 +40,7 @@ def put_extras(plan: Plan, *, force: bool) -> Iterator[str]:
         if is_known and state.holds(target, sha):
             continue
         if target.resolve() != extra.source.resolve():
-            plan.refuse_foreign([target], force=force)
+            plan.claim([target], force=force)
             move_file(extra.source, target, link=extra.link)
         state.extras[name] = hashed(target, md5=recipe.md5)
         state.know(target, sha)
@@ -81,7 +81,7 @@ def put_golden(
     recipe, state = plan.recipe, plan.state
     inside = recipe.golden / graph.name
     files = {str(inside / name): folder / name for name in _below(folder)}
-    plan.refuse_foreign([recipe.output / place for place in files], force=force)
+    plan.claim([recipe.output / place for place in files], force=force)
     before = state.golden.get(graph.name, {"places": {}})["places"]
     places = {}
     for place, file in files.items():

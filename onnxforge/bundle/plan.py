@@ -335,12 +335,25 @@ class Plan:
             if not self.state.holds(folder / name, file["sha256"])
         )
 
-    def is_ours(self, path: Path) -> bool:
-        """Whether a build of this recipe put a file into the bundle."""
-        place = path.relative_to(self.recipe.output).as_posix()
-        records = [*self.state.published.values(), *self.state.golden.values()]
-        if place in self.state.extras or any(place in each["places"] for each in records):
-            return True
+    def claim(self, paths: Iterable[Path], *, force: bool) -> None:
+        """Note, before it happens, that files are about to be put into the bundle.
+
+        Args:
+            paths: The files.
+            force: Claim what no build of this recipe put there as well.
+
+        Raises:
+            OnnxforgeError: There is such a file, and ``force`` is off.
+        """
+        for path in paths:
+            place = path.relative_to(self.recipe.output).as_posix()
+            known = place in self.state.claims or force
+            if not known and os.path.lexists(path) and not self._is_listed(place, path):
+                raise OnnxforgeError(f"{path}: is not of this recipe; --force replaces it")
+            self.state.claims[place] = True
+        self.state.save()
+
+    def _is_listed(self, place: str, path: Path) -> bool:
         return place in self._listed and self.state.holds(path, self._listed[place])
 
     @functools.cached_property
@@ -352,16 +365,6 @@ class Plan:
             return {str(name): str(file["sha256"]) for name, file in found.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-
-    def refuse_foreign(self, paths: Iterable[Path], *, force: bool) -> None:
-        """Refuse to replace what no build of this recipe made.
-
-        Raises:
-            OnnxforgeError: There is such a file, and ``force`` is off.
-        """
-        for path in paths:
-            if os.path.lexists(path) and not (force or self.is_ours(path)):
-                raise OnnxforgeError(f"{path}: is not of this recipe; --force replaces it")
 
     def staging(self, unit: Unit) -> Path:
         """Where a unit is made."""

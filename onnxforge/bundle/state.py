@@ -55,6 +55,7 @@ class State:
         staged: What is made and not in its place yet, by unit.
         published: What is in its place, by unit.
         extras: Files that all tiers share, by path in the bundle.
+        claims: All that was ever put, or about to be put, into the bundle, by path in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,6 +76,7 @@ class State:
         self.staged = self._part("staged")
         self.published = self._part("published")
         self.extras = self._part("extras")
+        self.claims = self._part("claims")
         self._changed = False
 
     def _part(self, name: str) -> dict[str, Any]:

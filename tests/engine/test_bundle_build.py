@@ -20,6 +20,8 @@ import onnx
 import pytest
 
 from onnxforge import load
+from onnxforge.bundle import build as build_module
+from onnxforge.bundle import extras
 from onnxforge.bundle.build import planned
 from onnxforge.bundle.reading import read_recipe
 from onnxforge.bundle.state import State, opened
@@ -333,6 +335,30 @@ def test_a_build_that_ends_is_gone_on_with(
     executor = Inline()
     assert not made(full, executor).errors
     assert len(executor.ran) == rest
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("step", ["move_models", "move_file"])
+def test_a_build_that_ends_while_files_move_is_gone_on_with(
+    full: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    module = build_module if step == "move_models" else extras
+    right = getattr(module, step)
+
+    def broken(*words: Any, **named: Any) -> None:
+        right(*words, **named)
+        raise Broken
+
+    monkeypatch.setattr(module, step, broken)
+    with pytest.raises(Broken):
+        made(full)
+    monkeypatch.undo()
+    outcome = made(full)
+    assert not outcome.errors
     assert contents(tmp_path / "out") == whole
 
 
