@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onnxforge.bundle import tasks
 from onnxforge.bundle.documents import write_documents
 from onnxforge.bundle.extras import is_preserved, put_extras, put_golden
 from onnxforge.bundle.jobs import Job, Queue
 from onnxforge.bundle.place import move_file, move_models
 from onnxforge.bundle.plan import Plan, Stage, Status, Unit, units
+from onnxforge.bundle.tasks import Calibrate, Judge, Look, Make, Preserve, Pulse, still
 from onnxforge.errors import CheckFailed, OnnxforgeError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def build(
     only: Iterable[str] = (),
     force: bool = False,
     max_memory: int | None = None,
-    pulse: tasks.Pulse = tasks.still,
+    pulse: Pulse = still,
     announce: Announce = lambda line: None,
 ) -> Outcome:
     """Make what is missing or out of date, and write what the bundle says of itself.
@@ -193,7 +193,7 @@ class _Build:
             for each in sorted(waiting, key=str):
                 self.give_up(each, error)
 
-        task = tasks.Calibrate(graph.source, graph.calibration, self.recipe.setup, path)
+        task = Calibrate(graph.source, graph.calibration, self.recipe.setup, path)
         self.queue.add(Job(name, task, self.heavy(graph), then, failed))
 
     def heavy(self, graph: Graph) -> int:
@@ -210,9 +210,7 @@ class _Build:
             self.done(name)
 
         assert graph.parity is not None
-        task = tasks.Preserve(
-            graph.source, graph.parity, graph.golden, self.recipe.setup, folder
-        )
+        task = Preserve(graph.source, graph.parity, graph.golden, self.recipe.setup, folder)
         failed = partial(self.error, name)
         self.queue.add(Job(name, task, self.heavy(graph), then, failed))
 
@@ -242,17 +240,17 @@ class _Build:
             self.announce(f"{unit}: made, {size:,} bytes")
             self.attempt(unit)
 
-        task: Any = tasks.Look(graphs[0].source, self.recipe.md5)
+        task: Any = Look(graphs[0].source, self.recipe.md5)
         if not in_place:
             task = self.task_of(unit, graphs)
         self.queue.add(Job(str(unit), task, _BASE, then, partial(self.give_up, unit)))
 
-    def task_of(self, unit: Unit, graphs: list[Graph]) -> tasks.Make:
+    def task_of(self, unit: Unit, graphs: list[Graph]) -> Make:
         passes = [
             self.plan.passes(graph, variant)
             for graph, variant in zip(graphs, unit.variants, strict=True)
         ]
-        return tasks.Make(
+        return Make(
             sources=tuple(graph.source for graph in graphs),
             passes=tuple(steps for steps, _ in passes),
             statistics=tuple(path for _, paths in passes for path in paths),
@@ -285,7 +283,7 @@ class _Build:
             graph, variant = self.recipe.graphs[name], unit.tier.graphs[name]
             assert graph.parity is not None
             candidate = folder / variant.path.name
-            task = tasks.Judge(
+            task = Judge(
                 graph.source, candidate, graph.parity, self.recipe.setup, variant.gates
             )
             follow = partial(then, name, self.plan.judge_key(unit, name))

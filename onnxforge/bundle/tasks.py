@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from onnxforge.bundle import describe
+from onnxforge.bundle.describe import coverage, described, gates, parity
 from onnxforge.bundle.state import digest
 from onnxforge.errors import DataError, about
 
@@ -145,7 +145,7 @@ class Make:
             {
                 **_looked_at(target, md5=self.md5, others=others),
                 "pipeline": ",".join(str(step.spec(full=True)) for step in passes),
-                "coverage": describe.coverage(report),
+                "coverage": coverage(report),
             }
             for (_, target), report, passes in zip(models, reports, self.passes, strict=True)
         ]
@@ -180,7 +180,7 @@ def _looked_at(path: Path, *, md5: bool, others: Iterable[Path] = ()) -> dict[st
         "model": path.name,
         "data": data,
         "files": {name: hashed(folder / name, md5=md5) for name in names},
-        **describe.described(path),
+        **described(path),
     }
 
 
@@ -234,8 +234,8 @@ class Judge:
             if side.failure:
                 reasons.insert(0, f"did not run to the end: {side.failure}")
         return {
-            "parity": describe.parity(found),
-            "gates": describe.gates(found),
+            "parity": parity(found),
+            "gates": gates(found),
             "reasons": reasons,
         }
 
