@@ -113,8 +113,7 @@ class _Build:
         for unit in wanted:
             self.attempt(unit)
         for graph in self.recipe.graphs.values():
-            if graph.golden and not is_preserved(self.plan, graph):
-                self.preserve(graph)
+            self.preserve(graph)
         self.queue.run()
         for name in put_extras(self.plan, force=self.force):
             self.done(name)
@@ -201,9 +200,16 @@ class _Build:
         return _BASE + _COPIES * self.plan.source(graph)[1]
 
     def preserve(self, graph: Graph) -> None:
-        """Write golden values of a graph."""
+        """Write golden values of a graph, if there are to be some and they are not there."""
         name = f"golden values of {graph.name}"
-        key, folder = self.plan.golden_key(graph), self.state.folder / "golden" / graph.name
+        try:
+            if not graph.golden or is_preserved(self.plan, graph):
+                return
+            key = self.plan.golden_key(graph)
+        except OnnxforgeError as error:
+            self.error(name, error)
+            return
+        folder = self.state.folder / "golden" / graph.name
 
         def then(result: None) -> None:
             put_golden(self.plan, graph, key, folder, force=self.force)

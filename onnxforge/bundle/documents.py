@@ -89,6 +89,7 @@ def metadata(plan: Plan) -> dict[str, Any]:
     measured = (g["parity"] for tier in tiers.values() for g in tier["graphs"].values())
     for runtime in {each["onnxruntime"] for each in measured if each}:
         versions.setdefault("onnxruntime", set()).add(str(runtime))
+    versions = versions or {"onnxforge": {plan.tools["onnxforge"]}}
     extras = [str(extra.path) for extra in recipe.extras]
     golden = [place for each in plan.state.golden.values() for place in each["places"]]
     return {

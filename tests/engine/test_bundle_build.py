@@ -557,6 +557,14 @@ def test_one_failure_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out/fp16w/one.onnx").exists()
 
 
+def test_a_source_that_is_missing_stops_nothing_else(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "source/one.onnx").unlink()
+    outcome = made(full)
+    assert outcome.errors.keys() == {"fp32/one", "fp16w/one", "golden values of one"}
+    assert list(document(tmp_path, "metadata.json")["graphs"]) == ["two"]
+    check_documents(tmp_path)
+
+
 def test_a_damaged_state_is_begun_afresh(recipe: Path, tmp_path: Path) -> None:
     made(recipe)
     before = contents(tmp_path / "out")
