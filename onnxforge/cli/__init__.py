@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from onnxforge.cli.build import build
 from onnxforge.cli.calibrate import calibrate
 from onnxforge.cli.lint import lint
 from onnxforge.cli.look import explain, inspect_model, list_passes
@@ -45,7 +46,17 @@ def _cli() -> None:
     """Turn an exported ONNX model into the tiers a publisher ships."""
 
 
-for _command in (run, list_passes, explain, inspect_model, compare, verify, calibrate, lint):
+for _command in (
+    run,
+    list_passes,
+    explain,
+    inspect_model,
+    compare,
+    verify,
+    calibrate,
+    build,
+    lint,
+):
     _cli.add_command(_command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import click
@@ -35,6 +36,9 @@ def list_passes(style: str) -> None:
         click.echo(f"{name:<{width}}  {effect:<8} {summary}")
 
 
+_CODE = re.compile(r"[A-Za-z]+\d{3,}")  # passes of others have codes of their own
+
+
 def _summary(cls: type) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
@@ -55,7 +59,7 @@ def explain(topic: str) -> None:
     from onnxforge.manager import PassManager
     from onnxforge.registry import entries, pass_class
 
-    if topic[:2].upper() == "OF" and topic[2:].isdigit():
+    if _CODE.fullmatch(topic):
         sources: list[Any] = [PassManager, *(pass_class(name) for name in entries())]
         meanings = {code: text for source in sources for code, text in source.codes.items()}
         if topic.upper() not in meanings:
