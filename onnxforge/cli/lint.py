@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxforge.cli.options import PATH, writable, write_text
+from onnxforge.cli.options import PATH, writable
 from onnxforge.errors import OnnxforgeError
+from onnxforge.storage.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
