@@ -15,8 +15,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types coverage bench runtimes fidelity hostile \
-    crash clients kernels predicted clean
+.PHONY: help demo test check lint format types coverage docs bench runtimes predicted kernels \
+    fidelity hostile crash clients clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ types: $(READY) ## mypy on the wheel, as a user gets it
 coverage: $(READY) ## run the tests and say which lines they never reach
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage report
+
+docs: $(READY) ## write the pages about passes and rules from their docstrings
+	$(BIN)/python docs/generate.py
 
 bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for options
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'

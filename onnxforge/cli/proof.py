@@ -16,9 +16,9 @@ from onnxforge.cli.options import (
     run_options,
     sample_options,
     writable,
-    write_text,
 )
 from onnxforge.errors import CheckFailed
+from onnxforge.storage.whole import write_text
 from onnxforge.text import printable
 
 if TYPE_CHECKING:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from onnxforge.errors import SpecError
 from onnxforge.runtime.kernels import limit, number, releases
 
-__all__ = ["Ceiling", "ceiling"]
+__all__ = ["OLDEST", "Ceiling", "ceiling"]
+
+OLDEST = releases()[0]
+"""The oldest release that is in the tables."""
 
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(?:\d+|x|\*))?", re.ASCII)
 
@@ -41,14 +44,13 @@ def ceiling(version: str) -> Ceiling:
     Raises:
         SpecError: The text is no version, or the version is older than the tables.
     """
-    known = releases()
-    oldest, newest = known[0], known[-1]
+    newest = releases()[-1]
     match = _VERSION.fullmatch(version)
     if match is None:
-        raise SpecError(f"{version!r} is no onnxruntime version such as {oldest}")
+        raise SpecError(f"{version!r} is no onnxruntime version such as {OLDEST}")
     asked = int(match[1]), int(match[2])
-    if asked < number(oldest):
-        raise SpecError(f"onnxruntime {version} is not known; the oldest known is {oldest}")
+    if asked < number(OLDEST):
+        raise SpecError(f"onnxruntime {version} is not known; the oldest known is {OLDEST}")
     is_known = asked <= number(newest)
     release = f"{asked[0]}.{asked[1]}" if is_known else newest
     return Ceiling(release, limit(release) or 0, limit(release, "") or 0, is_known)

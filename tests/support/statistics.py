@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from onnxforge import laws, load
 from onnxforge.calibrate import Options, calibrate
 from onnxforge.compare.samples import Sample
-from onnxforge.core import FILES, Pass
 from onnxforge.errors import DataError, Refused, RuntimeFailed
 from onnxforge.numerics.calibration import Statistics
-from onnxforge.stats_file import Known, write_statistics
+from onnxforge.stats_file import write_statistics
+from onnxforge.testing import give
 from support import fixtures
+
+__all__ = ["STATS", "give", "of_fixture", "of_model", "placed", "taken"]
 
 STATS = "STATS"
 """Stands for the file of a fixture in the text of a pass."""
@@ -53,23 +54,19 @@ def of_fixture(name: str) -> Path:
 
 
 def of_model(
-    model: onnx.ModelProto, samples: Iterable[Mapping[str, np.ndarray]], folder: Path
+    model: onnx.ModelProto,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    folder: Path,
+    options: Options | None = None,
 ) -> Path:
     """A file of the statistics of a model on samples, which must be there."""
     source, path = folder / "watched.onnx", folder / "stats.safetensors"
     onnx.save(model, source)
     named = [Sample(f"sample {i}", dict(sample)) for i, sample in enumerate(samples)]
-    write_statistics(calibrate(source, named), path)
+    write_statistics(calibrate(source, named, options), path)
     return path
 
 
 def placed(text: str, name: str) -> str:
     """The text of a pass with the file of a fixture in it."""
     return text.replace(STATS, str(of_fixture(name))) if STATS in text else text
-
-
-def give(step: Pass, model: ir.Model) -> ir.Model:
-    """Hand a model the files that a pass names, as PassManager does."""
-    paths = [getattr(step, option) for option in step.files]
-    model.meta[FILES] = {path: Known.read(Path(path)) for path in paths}
-    return model
