@@ -329,19 +329,25 @@ class PassManager:
 
     def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
         start = time.perf_counter()
-        before = interface(model)
+        before, types = interface(model), _types(model)
         model.meta[FILES] = {name: self._known(name) for name in _named_files(step)}
         law = laws.Witness(step, model, self.inputs) if self.check_laws else None
         result = step(model)
         if not isinstance(result, Result):
             raise BrokenPass(f"{step.name} did not give back a Result")
-        if self.verify and interface(model) != before:
+        as_before = {name: types[name] for name in result.retyped}
+        if self.verify and interface(model, as_before) != before:
             raise BrokenPass(f"{step.name} changed the inputs or outputs of the model")
         if sound and result.modified and (reason := problem(model)):
             raise BrokenPass(f"{step.name} made an invalid model: {reason}")
         if law is not None:
             law.hold(result)
         return result, time.perf_counter() - start
+
+
+def _types(model: ir.Model) -> dict[str, ir.DataType]:
+    values = (*model.graph.inputs, *model.graph.outputs)
+    return {v.name: v.type.dtype for v in values if v.name and v.type is not None}
 
 
 def _named_files(step: Pass) -> list[str]:

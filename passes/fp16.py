@@ -1,0 +1,44 @@
+"""Compute in float16 inside of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxforge.core import Effect, Pass, Result
+from onnxforge.halving import CODES, FLOAT16, Policy, Target, halve
+
+__all__ = ["Fp16BoundaryCastPass"]
+
+
+@dataclass(frozen=True)
+class Fp16BoundaryCastPass(Pass):
+    """Turn the float32 inside into float16, with casts only at boundaries.
+
+    Attributes:
+        keep_io: ``all``, ``none``, or globs on the inputs and outputs that stay float32; the
+            others change their type.
+        block_op_types: Operators that stay float32; ``default`` stands for the usual ones.
+        block_nodes: Globs on names of nodes that stay float32.
+        target: What has to run the result.
+
+    Example:
+        onnxforge run --passes 'fp16{keep_io=none}' in.onnx out.onnx
+    """
+
+    name: ClassVar[str] = "fp16"
+    effect: ClassVar[Effect] = Effect.APPROX
+    codes: ClassVar[Mapping[str, str]] = CODES
+
+    keep_io: tuple[str, ...] = ("all",)
+    block_op_types: tuple[str, ...] = ("default",)
+    block_nodes: tuple[str, ...] = ()
+    target: Target = "any"
+
+    def call(self, model: ir.Model) -> Result:
+        """Turn all that may be float16 into it."""
+        policy = Policy(self.keep_io, self.block_op_types, self.block_nodes, self.target)
+        return halve(model, FLOAT16, policy)
