@@ -15,7 +15,15 @@ from onnxforge.walk import Scope, bodies
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["TYPE_ATTRIBUTES", "Carried", "Elements", "Signature", "carried", "signature"]
+__all__ = [
+    "MOVES",
+    "TYPE_ATTRIBUTES",
+    "Carried",
+    "Elements",
+    "Signature",
+    "carried",
+    "signature",
+]
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -39,6 +47,34 @@ _BY_ATTRIBUTE: Mapping[str, tuple[str, ir.DataType | int | None]] = {
 }
 TYPE_ATTRIBUTES: Mapping[str, str] = {op: name for op, (name, _) in _BY_ATTRIBUTE.items()}
 """Operators whose output has the type that an attribute names, and that attribute."""
+
+
+MOVES = frozenset(
+    {
+        "Compress",
+        "Concat",
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "Reshape",
+        "ScatterElements",
+        "ScatterND",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Trilu",
+        "Unsqueeze",
+        "Where",
+    }
+)
+"""Operators that give only values that they were given, or zero."""
 
 
 @dataclass(frozen=True)
@@ -293,11 +329,9 @@ class Elements:
 
     def _find_mixed(self) -> None:
         for identifier, function in self._functions.items():
-            for call in self._calls.get(identifier, []):
-                for given, formal in zip(call.inputs, function.inputs, strict=False):
-                    types = self._types.get(formal), given and self._types.get(given)
-                    if given is not None and types[0] != types[1]:
-                        self.mixed.add(identifier)
+            calls = self._calls.get(identifier, [])
+            if any(self._differs(call, function) for call in calls):
+                self.mixed.add(identifier)
         waiting = list(self.mixed)
         while waiting:  # what such a function calls gets its arguments too
             function = self._functions[waiting.pop()]
@@ -306,6 +340,13 @@ class Elements:
             new = called & self._functions.keys() - self.mixed
             self.mixed |= new
             waiting += new
+
+    def _differs(self, call: ir.Node, function: ir.Function) -> bool:
+        pairs = zip(call.inputs, function.inputs, strict=False)
+        return any(
+            given is not None and self._types.get(given) != self._types.get(formal)
+            for given, formal in pairs
+        )
 
 
 def _constant(node: ir.Node) -> ir.TypeProtocol | None:

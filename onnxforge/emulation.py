@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxforge.elements import TYPE_ATTRIBUTES, Elements
+from onnxforge.elements import MOVES, TYPE_ATTRIBUTES, Elements
 from onnxforge.lazy import DerivedTensor
 from onnxforge.surgery import Surgery, take_over
 from onnxforge.walk import Scope, label, scopes
@@ -19,40 +19,19 @@ __all__ = ["Rounding", "computes_in", "emulate"]
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _FLOAT = ir.DataType.FLOAT
 
-# Operators that give only values that they were given: what is rounded stays so.
-_MOVES = frozenset(
-    {
-        "Compress",
-        "Concat",
-        "ConstantOfShape",
-        "DepthToSpace",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Identity",
-        "If",
-        "Loop",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Neg",
-        "Relu",
-        "Reshape",
-        "Scan",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Where",
-    }
-)
+# What is rounded stays so behind them; ScatterND may add, and bodies round inside.
+_MOVES = MOVES - {"ScatterElements", "ScatterND"} | {
+    "ConstantOfShape",
+    "If",
+    "Loop",
+    "Max",
+    "MaxPool",
+    "Min",
+    "Neg",
+    "Relu",
+    "Scan",
+    "TopK",
+}
 _BOUNDARIES = _MOVES | {"Cast", "Constant", "Shape", "Size"}
 
 
@@ -61,12 +40,14 @@ class Rounding:
     """A place where a value is rounded.
 
     Attributes:
+        name: Name of the value.
         where: Path of the node that makes it, or name of the input.
         exact: The value before.
         scope: Its graph.
         dtype: What it is rounded to.
     """
 
+    name: str
     where: str
     exact: ir.Value
     scope: Scope
@@ -139,7 +120,7 @@ class _Emulation:
         for position, node in enumerate(scope.graph):
             moves = node.op_type in _MOVES or node.op_type == "Constant"
             exact = (moves and not node.domain) or node.op_identifier() in self._calls
-            for value in node.outputs:
+            for value in () if _rounds(node) else node.outputs:
                 yield value, scope.path + label(node, position), exact
 
     def _widen(self, weight: Weight) -> None:
@@ -157,7 +138,7 @@ class _Emulation:
         graph = scope.graph
         values = [*graph.inputs, *graph.outputs]
         for node in graph:
-            values += node.outputs
+            values += () if _rounds(node) else node.outputs
             name = TYPE_ATTRIBUTES.get(node.op_type, "")
             attribute = node.attributes.get(name) if not node.domain else None
             if attribute is None or attribute.is_ref() or attribute.value not in HALVES:
@@ -189,14 +170,14 @@ class _Emulation:
             surgery.insert_behind(value, nodes)
         if node is None:
             self._reread(value, rounded, nodes[0])
-            return Rounding(where, value, scope, dtype)
+            return Rounding(name, where, value, scope, dtype)
         take_over(value, rounded)
         value.name = unique(f"{name}_exact")
         value.type = ir.TensorType(dtype if node.op_type == "Cast" else _FLOAT)
         nodes[0].replace_input_with(0, value)
         exact = node.inputs[0] if node.op_type == "Cast" else value
         assert exact is not None, "a Cast has an input"
-        return Rounding(where, exact, scope, dtype)
+        return Rounding(name, where, exact, scope, dtype)
 
     def _reread(self, value: ir.Value, rounded: ir.Value, but: ir.Node) -> None:
         """Let all readers of an input read it rounded."""
@@ -204,6 +185,17 @@ class _Emulation:
             if use.node is not but:
                 use.node.replace_input_with(use.idx, rounded)
         rounded.shape = None if value.shape is None else value.shape.copy()
+
+
+def _rounds(node: ir.Node) -> bool:
+    """Whether a node casts down only to be cast up again."""
+    if node.op_type != "Cast" or node.domain or node.outputs[0].is_graph_output():
+        return False
+    users = [use.node for use in node.outputs[0].uses()]
+    return bool(users) and all(
+        user.op_type == "Cast" and not user.domain and user.attributes.get_int("to", 0) == 1
+        for user in users
+    )
 
 
 def _as_float(type_: ir.TypeProtocol) -> ir.TypeProtocol:

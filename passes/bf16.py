@@ -24,6 +24,8 @@ class Bf16BoundaryCastPass(Pass):
         block_op_types: Operators that stay float32; ``default`` stands for the usual ones.
         block_nodes: Globs on names of nodes that stay float32.
         target: What has to run the result.
+        samples: Archives of inputs (.npz); what is out of range on them stays float32.
+        raise_opset: Raise a lower opset to this one first.
 
     Example:
         onnxforge run --passes 'bf16{keep_io=audio_embeds,logits}' in.onnx out.onnx
@@ -31,14 +33,24 @@ class Bf16BoundaryCastPass(Pass):
 
     name: ClassVar[str] = "bf16"
     effect: ClassVar[Effect] = Effect.APPROX
+    files: ClassVar[tuple[str, ...]] = ("samples",)
     codes: ClassVar[Mapping[str, str]] = CODES
 
     keep_io: tuple[str, ...] = ("all",)
     block_op_types: tuple[str, ...] = ("default",)
     block_nodes: tuple[str, ...] = ()
     target: Target = "cuda"
+    samples: tuple[str, ...] = ()
+    raise_opset: int | None = None
 
     def call(self, model: ir.Model) -> Result:
         """Turn all that may be bfloat16 into it."""
-        policy = Policy(self.keep_io, self.block_op_types, self.block_nodes, self.target)
+        policy = Policy(
+            self.keep_io,
+            self.block_op_types,
+            self.block_nodes,
+            self.target,
+            self.samples,
+            self.raise_opset,
+        )
         return halve(model, BFLOAT16, policy)

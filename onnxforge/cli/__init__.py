@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxforge.cli.calibrate import calibrate
+from onnxforge.cli.emulate import emulate
 from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
@@ -44,7 +45,17 @@ def _cli() -> None:
     """Turn an exported ONNX model into the tiers a publisher ships."""
 
 
-for _command in (run, list_passes, explain, inspect_model, compare, verify, calibrate):
+_COMMANDS = (
+    run,
+    list_passes,
+    explain,
+    inspect_model,
+    compare,
+    verify,
+    calibrate,
+    emulate,
+)
+for _command in _COMMANDS:
     _cli.add_command(_command)
 
 

@@ -10,8 +10,9 @@ from onnxforge.errors import Refused
 
 if TYPE_CHECKING:
     from onnxforge.halving.parts import Part, Parts
+    from onnxforge.halving.targets import Target
 
-__all__ = ["DEFAULT", "PRODUCTS", "block", "keep_interface"]
+__all__ = ["PRODUCTS", "block", "keep_interface", "usual"]
 
 PRODUCTS = frozenset(
     {
@@ -29,7 +30,7 @@ PRODUCTS = frozenset(
 )
 """Operators with learned weights, which are what half precision is for."""
 
-DEFAULT = (
+_USUAL = (
     "CumSum",
     "GroupNormalization",
     "InstanceNormalization",
@@ -55,9 +56,10 @@ DEFAULT = (
     "Softmax",
     "Sqrt",
 )
-"""Operators that stay float32 unless a pipeline says otherwise."""
+# Kernels for CUDA compute these in float32 inside: rounding around them is all there is.
+_WIDE_INSIDE = {"LayerNormalization", "LogSoftmax", "RMSNormalization", "Softmax"}
 
-_LARGE = 4096  # elements; what reads such a weight does so in half precision
+_LARGE = 1024  # elements; what reads such a matrix does so in half precision
 _ELEMENTWISE = frozenset({"Pow", "Reciprocal", "Sqrt"})
 _ROOTS = frozenset({"Reciprocal", "Sqrt"})
 _COMPARE = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
@@ -95,12 +97,17 @@ def keep_interface(parts: Parts, keep_io: tuple[str, ...]) -> None:
                 part.reason, part.fixed = made.reason, made.fixed
 
 
+def usual(target: Target) -> set[str]:
+    """The operators that stay float32 on a target unless a pipeline says otherwise."""
+    return set(_USUAL) - (_WIDE_INSIDE if target in ("cuda", "tensorrt") else set())
+
+
 def block(parts: Parts, op_types: Collection[str], nodes: Collection[str]) -> None:
     """Find what has to stay float32 for its operator or what it is for.
 
     Args:
         parts: The parts.
-        op_types: Operators that stay; ``default`` stands for `DEFAULT`.
+        op_types: Operators that stay.
         nodes: Globs on names and paths of nodes that stay.
 
     Raises:
@@ -112,7 +119,7 @@ def block(parts: Parts, op_types: Collection[str], nodes: Collection[str]) -> No
     _integers(parts, counted)
     _positions(parts, counted)
     for part in parts:
-        is_large = any(parts.size(value) >= _LARGE for value in part.reads)
+        is_large = any(parts.matrix(value) >= _LARGE for value in part.reads)
         if part.reason is None and (is_large or part.op_type in PRODUCTS):
             part.fixed = True
 
@@ -132,19 +139,18 @@ def _by_name(parts: Parts, globs: Collection[str]) -> None:
 
 
 def _by_operator(parts: Parts, op_types: Collection[str], counted: set[Part]) -> None:
-    """Keep operators by name; those by default only where they are no formula of lengths."""
-    usual = set(DEFAULT) if "default" in op_types else set()
+    """Keep operators by name, but roots of lengths, which scale and are no statistics."""
     for part in parts:
         op = part.op_type
         of_length = op in _ELEMENTWISE and (part in counted or not any(parts.before(part)))
-        if op in op_types or (op in usual and not of_length):
+        if op in op_types and not of_length:
             part.keep("OF264", f"{op} is blocked")
-        if op == "Mul" and "Pow" in usual and len(set(part.reads)) == 1:
-            part.keep("OF264", "a square is blocked")
-        if op in ("Mul", "Div") and usual >= _ROOTS:
+        if op == "Mul" and "Pow" in op_types and len(set(part.reads)) == 1:
+            part.keep("OF264", "a square is blocked, as Pow is")
+        if op in ("Mul", "Div") and _ROOTS.issubset(op_types):
             roots = [p for p in parts.before(part) if p.op_type in _ROOTS and p not in counted]
             if any(any(parts.before(root)) for root in roots):
-                part.keep("OF264", "the use of a root is blocked")
+                part.keep("OF264", "the use of a root is blocked, as Sqrt is")
 
 
 def _counted(parts: Parts) -> set[Part]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from onnxforge.elements import MOVES
 from onnxforge.mincut import Cut
 
 if TYPE_CHECKING:
-    from onnxforge.halving.parts import Parts
+    from onnxforge.halving.parts import Part, Parts
 
 __all__ = ["colour"]
 
+_PASSIVE = MOVES | {"Cast"}
 _CAST = 1 << 20  # more than all parts that stay float32 to save one
 
 
@@ -18,9 +20,12 @@ def colour(parts: Parts) -> None:
     """Decide on each part: those with a reason stay float32, those fixed do not.
 
     The others go where it takes the fewest casts, and into half precision where that is
-    equal. A value is cast once for all who read it in the other precision.
+    equal. A value is cast once for all who read it in the other precision. Casts of inputs
+    and outputs of the model do not count, or what stands between them would stay float32;
+    but for what only moves inputs on they do.
     """
     everything = list(parts)
+    interface, passing = {*parts.inputs, *parts.outputs}, _passing(parts)
     cut = Cut(2 + len(everything))
     number = {part: 2 + i for i, part in enumerate(everything)}
     for part, vertex in number.items():
@@ -29,8 +34,13 @@ def colour(parts: Parts) -> None:
         else:
             cut.edge(vertex, 1, Cut.ENDLESS if part.fixed else 1)
     for value, maker in parts.makers.items():
-        readers = {number[read.part]: None for read in parts.readers.get(value, ())}
-        _edges(cut, number[maker], list(readers))
+        groups: dict[int, dict[int, None]] = {}
+        for part in (read.part for read in parts.readers.get(value, ())):
+            moves = (maker if part in interface else part) in passing
+            free = (maker in interface or part in interface) and not moves
+            groups.setdefault(0 if free else _CAST, {})[number[part]] = None
+        for cost, readers in groups.items():
+            _edges(cut, number[maker], list(readers), cost)
     wide = cut.source_side()
     for part, vertex in number.items():
         part.half = vertex not in wide
@@ -38,15 +48,29 @@ def colour(parts: Parts) -> None:
             part.keep("OF269", "stands between what stays float32")
 
 
-def _edges(cut: Cut, maker: int, readers: list[int]) -> None:
+def _passing(parts: Parts) -> set[Part]:
+    """What only moves inputs of the model on, or casts."""
+    found: set[Part] = set()
+    waiting = [part for part in parts if part.op_type in _PASSIVE]
+    while waiting:
+        part = waiting.pop()
+        sources = [parts.makers.get(v) for v in part.reads if not parts.is_constant(v)]
+        moved = all(source in parts.inputs or source in found for source in sources)
+        if part not in found and (part.op_type == "Cast" or (sources and moved)):
+            found.add(part)
+            waiting += [after for after in parts.after(part) if after.op_type in _PASSIVE]
+    return found
+
+
+def _edges(cut: Cut, maker: int, readers: list[int], cost: int) -> None:
     """One cast down if a reader is half and the maker is not, one up the other way round."""
     if len(readers) == 1:
-        cut.edge(maker, readers[0], _CAST)
-        cut.edge(readers[0], maker, _CAST)
+        cut.edge(maker, readers[0], cost)
+        cut.edge(readers[0], maker, cost)
     elif readers:
         down, up = cut.vertex(), cut.vertex()
-        cut.edge(maker, down, _CAST)
-        cut.edge(up, maker, _CAST)
+        cut.edge(maker, down, cost)
+        cut.edge(up, maker, cost)
         for reader in readers:
             cut.edge(down, reader, Cut.ENDLESS)
             cut.edge(reader, up, Cut.ENDLESS)

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from onnxforge.core import Fate, Finding, Result
+from onnxforge.compare.samples import Sample
+from onnxforge.core import FILES, Fate, Finding, Result
 from onnxforge.errors import Refused
-from onnxforge.halving.blocks import PRODUCTS, block, keep_interface
+from onnxforge.halving.blocks import PRODUCTS, block, keep_interface, usual
 from onnxforge.halving.colours import colour
 from onnxforge.halving.formats import Format
-from onnxforge.halving.limits import limit
+from onnxforge.halving.limits import Limits
+from onnxforge.halving.opset import raise_opset
 from onnxforge.halving.parts import Part, Parts
 from onnxforge.halving.rewrite import Rewriter
+from onnxforge.halving.samples import keep_strained
 from onnxforge.halving.targets import Target, lacks_kernel
 from onnxforge.selection import CODES as WEIGHT_CODES
 from onnxforge.selection import skipped
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     pass
 
 __all__ = ["CODES", "Policy", "halve"]
+
+_DEFAULT = "default"
 
 CODES: Mapping[str, str] = {
     **WEIGHT_CODES,
@@ -56,12 +61,17 @@ class Policy:
         block_op_types: Operators that stay; ``default`` stands for a list.
         block_nodes: Globs on nodes that stay.
         target: What has to run the result.
+        samples: Files of samples whose values out of range stay, as ``Model.meta[FILES]``
+            knows them.
+        raise_opset: The opset to raise a lower one to first.
     """
 
     keep_io: tuple[str, ...] = ("all",)
     block_op_types: tuple[str, ...] = ("default",)
     block_nodes: tuple[str, ...] = ()
     target: Target = "any"
+    samples: tuple[str, ...] = ()
+    raise_opset: int | None = None
 
 
 def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
@@ -76,13 +86,19 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
         Refused: The opset has no such type, the target cannot run the result, or the policy
             names what is not there.
     """
+    raised = policy.raise_opset is not None and raise_opset(model, policy.raise_opset)
     weights = Weights(model)
     _refuse_old(weights, form)
     parts = Parts(weights, form.dtype)
     keep_interface(parts, policy.keep_io)
     lacking = _kernels(parts, form, policy.target)
-    block(parts, policy.block_op_types, policy.block_nodes)
-    limits = limit(parts, weights, form)
+    block(parts, _op_types(policy), policy.block_nodes)
+    limits = Limits(parts, weights, form)
+    strained: list[Finding] = []
+    if policy.samples:
+        known = model.meta[FILES]
+        samples = [Sample(name, known[name].feeds) for name in policy.samples]
+        strained = keep_strained(parts, form, samples)
     colour(parts)
     if lacking and not any(part.half and part.op_type in PRODUCTS for part in parts):
         raise Refused(
@@ -90,7 +106,7 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
             f" {lacking[0].op_type} ({lacking[0].where})"
         )
     told = list(_told(parts))
-    modified = any(part.half and part.makes for part in parts)
+    modified = raised or any(part.half and part.makes for part in parts)
     rewriter = Rewriter(parts, weights, form, limits.saturated)
     others = [
         skipped(w, "OF204", f"is {w.dtype.name.lower()}")
@@ -100,9 +116,14 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
     retyped = {part.where: form.dtype for part in (*parts.inputs, *parts.outputs) if part.half}
     found = rewriter.run()
     modified = modified or any(finding.fate is Fate.TREATED for finding in found)
-    findings = (*others, *found, *limits.findings, *told)
+    findings = (*others, *found, *limits.findings, *strained, *told)
     stats = {"casts added": rewriter.casts}
     return Result(model, modified, stats, findings, retyped=retyped)
+
+
+def _op_types(policy: Policy) -> set[str]:
+    named = set(policy.block_op_types)
+    return named - {_DEFAULT} | usual(policy.target) if _DEFAULT in named else named
 
 
 def _refuse_old(weights: Weights, form: Format) -> None:

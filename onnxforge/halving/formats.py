@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxforge.lazy import DerivedTensor, stream
 from onnxforge.numerics.half import OVERFLOW, SMALLEST_NORMAL, narrow, narrow_bfloat16
 
-__all__ = ["BFLOAT16", "FLOAT16", "Content", "Format", "content", "halved"]
+__all__ = ["BFLOAT16", "FLOAT16", "Content", "Format", "content", "halved", "strained"]
 
 _TINY = 16  # elements; a tensor this small is a constant of a formula, not learned
 
@@ -84,6 +84,13 @@ def content(tensor: ir.TensorProtocol, form: Format) -> Content:
         if small.size and tensor.size <= _TINY:
             lost = float(small.min())
     return Content(highest, lowest, lost)
+
+
+def strained(peak: float, form: Format) -> str:
+    """What is wrong with a largest magnitude in a half type; empty if nothing is."""
+    if peak >= form.overflow:
+        return "overflows"
+    return "is too small" if 0 < peak < form.smallest else ""
 
 
 def halved(

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from onnxforge.core import Finding
+from onnxforge.elements import MOVES
 from onnxforge.halving.formats import Content, Format, content
 from onnxforge.weights import for_each
 
 if TYPE_CHECKING:
-    from onnxforge.halving.parts import Part, Parts, Read
+    from onnxforge.halving.parts import Part, Parts
     from onnxforge.weights import Weight, Weights
 
-__all__ = ["Limits", "limit"]
+__all__ = ["Limits"]
 
 _FLOAT = ir.DataType.FLOAT
-_MOVES = frozenset(
-    {
-        "Cast",
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Pad",
-        "Reshape",
-        "ScatterND",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Where",
-    }
-)
-_SELECTS = _MOVES | {"Clip", "ConstantOfShape", "Max", "Min"}
+_SELECTS = MOVES | {"Cast", "Clip", "ConstantOfShape", "Max", "Min", "Pad"}
 _MASKS = _SELECTS | {"Add", "Mul", "Sub"}
 _SUMS = frozenset({"LogSoftmax", "Softmax"})
 # From a small constant to where it is divided by.
@@ -48,72 +27,62 @@ _GUARDS = _SELECTS | {"Pow", "Reciprocal", "Sqrt"}
 _SINGULAR = frozenset({"Div", "Log", "Reciprocal", "Sqrt"})
 
 
-@dataclass
 class Limits:
-    """What the constants of a model ask for.
+    """Keeps float32 what reads a constant that a half format does not hold.
+
+    A mask that is added before a Softmax becomes finite instead: half the lowest value, so
+    that a sum with it is finite too, and the lowest one where nothing is added.
 
     Attributes:
         saturated: What stands for values below the lowest one, by the weight's tensor.
         findings: What was found, one entry for each constant.
     """
 
-    saturated: dict[ir.TensorProtocol, float] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    def __init__(self, parts: Parts, weights: Weights, form: Format) -> None:
+        """Look all weights through; some parts are kept for them."""
+        self.saturated: dict[ir.TensorProtocol, float] = {}
+        self.findings: list[Finding] = []
+        self._parts = parts
+        self._form = form
+        floats = [weight for weight in weights if weight.dtype == _FLOAT]
+        held = for_each(lambda weight: content(weight.tensor, form), floats)
+        for weight, found in zip(floats, held, strict=True):
+            readers = self._readers(weight)
+            if found.overflows and readers:
+                self._overflow(weight, found, readers)
+            elif found.lost is not None and readers:
+                self._lost(weight, found.lost, readers)
 
+    def _readers(self, weight: Weight) -> list[Part]:
+        if weight.value is not None:
+            return [read.part for read in self._parts.readers.get(weight.value, ())]
+        makers = self._parts.makers
+        outputs = weight.node.outputs if weight.node is not None else ()
+        return [makers[value] for value in outputs if value in makers]
 
-def limit(parts: Parts, weights: Weights, form: Format) -> Limits:
-    """Keep float32 what reads a constant that the format does not hold.
+    def _tell(self, code: str, weight: Weight, message: str, holds: float) -> None:
+        self.findings.append(Finding(code, weight.where, message, detail=f"holds {holds:g}"))
 
-    A mask that is added before a Softmax becomes finite instead: half the lowest value, so
-    that a sum with it is finite too, and the lowest one where nothing is added.
+    def _overflow(self, weight: Weight, held: Content, readers: list[Part]) -> None:
+        lowest, highest = held.lowest, held.highest
+        added = _mask(readers, self._parts) if highest is None else None
+        if lowest is not None and added is not None:
+            low = self._form.lowest / 2 if added else self._form.lowest
+            self.saturated[weight.tensor] = low
+            message = f"a mask before a Softmax becomes {low:g}"
+            self._tell("OF263", weight, message, lowest)
+            return
+        for part in readers:
+            part.keep("OF261", "reads a constant that overflows")
+        message = "overflows, so that it and what reads it stay float32"
+        self._tell("OF261", weight, message, highest or lowest or 0.0)
 
-    Args:
-        parts: The parts; some are kept.
-        weights: All weights.
-        form: The half format.
-    """
-    found = Limits()
-    floats = [weight for weight in weights if weight.dtype == _FLOAT]
-    for weight, held in zip(
-        floats, for_each(lambda w: content(w.tensor, form), floats), strict=True
-    ):
-        readers = _readers(weight, parts)
-        if held.overflows and readers:
-            _overflow(weight, held, readers, parts, form, found)
-        elif held.lost is not None and readers:
-            _lost(weight, held.lost, readers, parts, found)
-    return found
-
-
-def _readers(weight: Weight, parts: Parts) -> list[Part]:
-    if weight.value is not None:
-        reads: Iterable[Read] = parts.readers.get(weight.value, ())
-        return [read.part for read in reads]
-    makers: Mapping[ir.Value, Part] = parts.makers
-    outputs = weight.node.outputs if weight.node is not None else ()
-    return [makers[value] for value in outputs if value in makers]
-
-
-def _overflow(
-    weight: Weight,
-    held: Content,
-    readers: list[Part],
-    parts: Parts,
-    form: Format,
-    found: Limits,
-) -> None:
-    edge = held.lowest if held.highest is None else held.highest
-    detail = f"holds {edge:g}"
-    if held.highest is None and (added := _mask(readers, parts)) is not None:
-        low = form.lowest / 2 if added else form.lowest
-        found.saturated[weight.tensor] = low
-        message = f"a mask before a Softmax becomes {low:g}"
-        found.findings.append(Finding("OF263", weight.where, message, detail=detail))
-        return
-    for part in readers:
-        part.keep("OF261", "reads a constant that overflows")
-    message = "overflows, so that it and what reads it stay float32"
-    found.findings.append(Finding("OF261", weight.where, message, detail=detail))
+    def _lost(self, weight: Weight, smallest: float, readers: list[Part]) -> None:
+        for part in readers:
+            part.keep("OF262", "reads a constant that is too small")
+            _guarded(part, self._parts, set())
+        message = "is too small, so that it and what reads it stay float32"
+        self._tell("OF262", weight, message, smallest)
 
 
 def _mask(readers: Iterable[Part], parts: Parts) -> bool | None:
@@ -135,17 +104,6 @@ def _mask(readers: Iterable[Part], parts: Parts) -> bool | None:
         added = added or (part.op_type in _MASKS and part.op_type not in _SELECTS)
         waiting += parts.after(part)
     return added if ended else None
-
-
-def _lost(
-    weight: Weight, smallest: float, readers: list[Part], parts: Parts, found: Limits
-) -> None:
-    for part in readers:
-        part.keep("OF262", "reads a constant that is too small")
-        _guarded(part, parts, set())
-    message = "is too small, so that it and what reads it stay float32"
-    detail = f"holds {smallest:g}"
-    found.findings.append(Finding("OF262", weight.where, message, detail=detail))
 
 
 def _guarded(part: Part, parts: Parts, seen: set[Part]) -> bool:

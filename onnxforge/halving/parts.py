@@ -102,7 +102,7 @@ class Parts:
         self.elements = Elements(model, all_scopes)
         self._functions = dict(model.functions)
         self._constants = {
-            w.value: w.tensor.size for w in weights if w.value and not w.is_overridable
+            w.value: w.tensor for w in weights if w.value and not w.is_overridable
         }
         self.makers: dict[ir.Value, Part] = {}
         self.readers: dict[ir.Value, list[Read]] = {}
@@ -126,9 +126,10 @@ class Parts:
         """Whether a value is a weight that nobody can override."""
         return value in self._constants
 
-    def size(self, value: ir.Value) -> int:
-        """Number of elements of such a weight, 0 for other values."""
-        return self._constants.get(value, 0)
+    def matrix(self, value: ir.Value) -> int:
+        """Number of elements of such a weight if it has more than one axis, else 0."""
+        tensor = self._constants.get(value)
+        return tensor.size if tensor is not None and len(tensor.shape) > 1 else 0
 
     def before(self, part: Part) -> Iterator[Part]:
         """The parts that make what a part reads."""
@@ -188,16 +189,16 @@ class Parts:
             where = f"{function.domain}::{function.name}"
             for index, value in enumerate(function.inputs):
                 part = self._link(identifier, f"{where}/{value.name}")
-                for graph, node in mine:
-                    given = node.inputs[index] if index < len(node.inputs) else None
-                    self._read(part, given, (node, index), graph)
                 self._make(part, value)
+                given = [call for call in mine if index < len(call[1].inputs)]
+                for graph, node in given:
+                    self._read(part, node.inputs[index], (node, index), graph)
             for index, value in enumerate(function.outputs):
                 part = self._link(identifier, f"{where}/{value.name}")
                 self._give(part, function.graph, index)
-                for _, node in mine:
-                    for output in node.outputs[index : index + 1]:
-                        self._make(part, output)
+                made = [o for _, node in mine for o in node.outputs[index : index + 1]]
+                for output in made:
+                    self._make(part, output)
 
     def _link(self, identifier: ir.OperatorIdentifier, where: str) -> Part:
         part = self._new(where)
@@ -278,7 +279,7 @@ class Parts:
         made = {i: found.of_output(i) for i, v in enumerate(node.outputs) if is_float(v)}
         inputs = {i for i, name in given.items() if allows(name, self.dtype)}
         bound = {given[i] for i in inputs}
-        if node.op_type in TYPE_ATTRIBUTES:
+        if node.op_type in TYPE_ATTRIBUTES or node.op_type == "ConstantOfShape":
             bound |= set(made.values())
         # The others, such as the mean that a LayerNormalization gives, have a type apart.
         outputs = {i for i, name in made.items() if name in bound | set(given.values())}

@@ -18,6 +18,7 @@ from onnxforge.calibrate import Options, calibrate
 from onnxforge.compare.samples import Sample
 from onnxforge.core import FILES, Pass
 from onnxforge.errors import DataError, Refused, RuntimeFailed
+from onnxforge.known import named
 from onnxforge.numerics.calibration import Statistics
 from onnxforge.stats_file import Known, write_statistics
 from support import fixtures
@@ -70,6 +71,6 @@ def placed(text: str, name: str) -> str:
 
 def give(step: Pass, model: ir.Model) -> ir.Model:
     """Hand a model the files that a pass names, as PassManager does."""
-    paths = [getattr(step, option) for option in step.files]
+    paths = [name for names in named(step).values() for name in names]
     model.meta[FILES] = {path: Known.read(Path(path)) for path in paths}
     return model
