@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from onnxforge.errors import Refused
+from onnxforge.halving.norms import ROOTS, uses_root
 
 if TYPE_CHECKING:
     from onnxforge.halving.parts import Part, Parts
@@ -61,7 +62,6 @@ _WIDE_INSIDE = {"LayerNormalization", "LogSoftmax", "RMSNormalization", "Softmax
 
 _LARGE = 1024  # elements; what reads such a matrix does so in half precision
 _ELEMENTWISE = frozenset({"Pow", "Reciprocal", "Sqrt"})
-_ROOTS = frozenset({"Reciprocal", "Sqrt"})
 _COMPARE = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 # Operators that make something else of a position if it is rounded.
 _PLACED = _COMPARE | {"Ceil", "Cos", "CumSum", "Floor", "Mod", "Range", "Round", "Sin"}
@@ -147,9 +147,9 @@ def _by_operator(parts: Parts, op_types: Collection[str], counted: set[Part]) ->
             part.keep("OF264", f"{op} is blocked")
         if op == "Mul" and "Pow" in op_types and len(set(part.reads)) == 1:
             part.keep("OF264", "a square is blocked, as Pow is")
-        if op in ("Mul", "Div") and _ROOTS.issubset(op_types):
-            roots = [p for p in parts.before(part) if p.op_type in _ROOTS and p not in counted]
-            if any(any(parts.before(root)) for root in roots):
+        if ROOTS.issubset(op_types) and uses_root(part, parts) and part not in counted:
+            roots = [p for p in parts.before(part) if p.op_type in ROOTS]
+            if not counted.issuperset(roots):
                 part.keep("OF264", "the use of a root is blocked, as Sqrt is")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from onnxforge.elements import MOVES
+from onnxforge.halving.norms import Norm, norms
 from onnxforge.mincut import Cut
 
 if TYPE_CHECKING:
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["colour"]
 
 _PASSIVE = MOVES | {"Cast"}
+_TIE = 1 << 40  # more than any number of casts
 _CAST = 1 << 20  # more than all parts that stay float32 to save one
 
 
@@ -22,7 +26,8 @@ def colour(parts: Parts) -> None:
     The others go where it takes the fewest casts, and into half precision where that is
     equal. A value is cast once for all who read it in the other precision. Casts of inputs
     and outputs of the model do not count, or what stands between them would stay float32;
-    but for what only moves inputs on they do.
+    but for what only moves inputs on they do. Norms keep one type for all that a runtime
+    fuses.
     """
     everything = list(parts)
     interface, passing = {*parts.inputs, *parts.outputs}, _passing(parts)
@@ -41,11 +46,21 @@ def colour(parts: Parts) -> None:
             groups.setdefault(0 if free else _CAST, {})[number[part]] = None
         for cost, readers in groups.items():
             _edges(cut, number[maker], list(readers), cost)
+    for norm in norms(parts):
+        group = [*(number[p] for p in norm.ends), *_maker(norm, parts, number)]
+        for one, other in itertools.pairwise(group):
+            cut.edge(one, other, _TIE)
+            cut.edge(other, one, _TIE)
     wide = cut.source_side()
     for part, vertex in number.items():
         part.half = vertex not in wide
         if part.half is False and part.reason is None:
             part.keep("OF269", "stands between what stays float32")
+
+
+def _maker(norm: Norm, parts: Parts, number: Mapping[Part, int]) -> list[int]:
+    maker = parts.makers.get(norm.source)
+    return [number[maker]] if maker is not None else []
 
 
 def _passing(parts: Parts) -> set[Part]:
