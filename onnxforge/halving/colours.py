@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from onnxforge.elements import MOVES
@@ -26,9 +26,33 @@ def colour(parts: Parts) -> None:
     The others go where it takes the fewest casts, and into half precision where that is
     equal. A value is cast once for all who read it in the other precision. Casts of inputs
     and outputs of the model do not count, or what stands between them would stay float32;
-    but for what only moves inputs on they do. Norms keep one type for all that a runtime
-    fuses.
+    but for what only moves inputs on they do.
+
+    Gain and bias of a norm have the precision of what it normalizes. Where others read that as
+    float32 too, a runtime cannot take its cast into the norm, and they are float32.
     """
+    tied = list(norms(parts))
+    while True:
+        _cut(parts, tied)
+        loose = [norm for norm in tied if _is_read_wide(norm, parts)]
+        if not loose:
+            break
+        tied = [norm for norm in tied if norm not in loose]
+        for end in (end for norm in loose for end in norm.ends):
+            end.keep("OF269", "belongs to a norm of what is read as float32")
+    for part in parts:
+        if not part.half:
+            part.keep("OF269", "stands between what stays float32")
+
+
+def _is_read_wide(norm: Norm, parts: Parts) -> bool:
+    maker = parts.makers.get(norm.source)
+    readers = (read.part for read in parts.readers[norm.source])
+    outside = any(not part.half and part not in norm.inside for part in readers)
+    return maker is not None and maker.half and outside
+
+
+def _cut(parts: Parts, tied: Iterable[Norm]) -> None:
     everything = list(parts)
     interface, passing = {*parts.inputs, *parts.outputs}, _passing(parts)
     cut = Cut(2 + len(everything))
@@ -46,7 +70,7 @@ def colour(parts: Parts) -> None:
             groups.setdefault(0 if free else _CAST, {})[number[part]] = None
         for cost, readers in groups.items():
             _edges(cut, number[maker], list(readers), cost)
-    for norm in norms(parts):
+    for norm in tied:
         group = [*(number[p] for p in norm.ends), *_maker(norm, parts, number)]
         for one, other in itertools.pairwise(group):
             cut.edge(one, other, _TIE)
@@ -54,8 +78,6 @@ def colour(parts: Parts) -> None:
     wide = cut.source_side()
     for part, vertex in number.items():
         part.half = vertex not in wide
-        if part.half is False and part.reason is None:
-            part.keep("OF269", "stands between what stays float32")
 
 
 def _maker(norm: Norm, parts: Parts, number: Mapping[Part, int]) -> list[int]:

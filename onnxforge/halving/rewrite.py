@@ -11,7 +11,6 @@ import onnx_ir as ir
 from onnxforge.core import Finding
 from onnxforge.elements import TYPE_ATTRIBUTES
 from onnxforge.halving.formats import Format, halved
-from onnxforge.halving.norms import Norm, norms
 from onnxforge.selection import skipped, treated
 from onnxforge.surgery import Surgery
 
@@ -53,8 +52,6 @@ class Rewriter:
         self._saturated = saturated
         self._surgery = Surgery(weights)
         self._main = weights.model.graph
-        # A norm has a cast of its own, or a runtime could not fuse it.
-        self._norms = {(n.source, part): n for n in norms(parts) for part in n.inside}
         self.casts = 0
 
     def run(self) -> list[Finding]:
@@ -87,11 +84,8 @@ class Rewriter:
         captured = [r for r in other if r.node is None and r.graph is not value.graph]
         for read in captured:
             self._cast_inside(value, read, half=not maker.half)
-        local: dict[Norm | None, list[Read]] = {}
-        for read in (read for read in other if read not in captured):
-            local.setdefault(self._norms.get((value, read.part)), []).append(read)
-        for group in local.values():
-            self._cast_for(value, group, half=not maker.half)
+        if local := [read for read in other if read not in captured]:
+            self._cast_for(value, local, half=not maker.half)
 
     def _retype(self, value: ir.Value, reads: Iterable[Read]) -> None:
         """An output that names a value from outside of its body says its type itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -442,3 +444,29 @@ def test_fixtures_stay_close_in_emulation_and_load_as_they_are(name: str) -> Non
         for output, values in halves.outputs(tier, sample).items():
             error = np.linalg.norm(values - wanted[output])
             assert error < 0.01 * np.linalg.norm(wanted[output])
+
+
+def rms_norm(x: str, y: str) -> str:
+    return f"""{y}_q = Pow({x}, two) {y}_v = ReduceMean <axes=[1], keepdims=1> ({y}_q)
+        {y}_e = Add({y}_v, eps) {y}_r = Sqrt({y}_e) {y}_n = Div({x}, {y}_r)
+        {y} = Mul({y}_n, gain)"""
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+@pytest.mark.parametrize("beside", ["s = Softmax(a)", "s = MatMul(a, w)", "s = Identity(x)"])
+def test_a_norm_is_fused_by_a_runtime_in_one_type(
+    norm: Any, beside: str, tmp_path: Any
+) -> None:
+    """Fused over a cast into one of two types it loads nowhere."""
+    text = HEAD + "m (float[n,8] x) => (float[n,8] y, float[n,8] z) { a = MatMul(x, w) "
+    text += norm("a", "b") + f" c = Add(b, bias) {beside} y = MatMul(c, w) z = Add(s, c) }}"
+    weights = {"two": np.float32(2), "eps": np.float32(1e-6), "gain": W[0], "bias": W[1]}
+    parent = halves.parsed(text, w=W, **weights)
+    tier, _ = halves.tier(parent, "fp16")
+    kept = tmp_path / "fused.onnx"
+    found = oracle.run(tier, {"x": X}, keep=kept)
+    for output, values in oracle.run(parent, {"x": X}).items():
+        assert np.allclose(found[output], values, rtol=0.02, atol=0.1)
+        assert np.allclose(halves.outputs(tier, {"x": X})[output], values, rtol=0.02, atol=0.1)
+    fused = {node.op_type for node in onnx.load(kept).graph.node}
+    assert any("LayerNormalization" in op for op in fused)
