@@ -15,6 +15,7 @@ from onnxforge.cli.emulate import emulate
 from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
+from onnxforge.cli.support import support
 from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
 from onnxforge.interrupts import Interrupted, interruptible
 from onnxforge.postponed import postponed
@@ -45,7 +46,7 @@ def _cli() -> None:
     """Turn an exported ONNX model into the tiers a publisher ships."""
 
 
-_COMMANDS = (
+for _command in (
     run,
     list_passes,
     explain,
@@ -54,8 +55,8 @@ _COMMANDS = (
     verify,
     calibrate,
     emulate,
-)
-for _command in _COMMANDS:
+    support,
+):
     _cli.add_command(_command)
 
 
