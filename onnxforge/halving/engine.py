@@ -91,7 +91,7 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
     _refuse_old(weights, form)
     parts = Parts(weights, form.dtype)
     keep_interface(parts, policy.keep_io)
-    lacking = _kernels(parts, form, policy.target)
+    lacking = _kernels(parts, policy.target)
     block(parts, _op_types(policy), policy.block_nodes)
     limits = Limits(parts, weights, form)
     strained: list[Finding] = []
@@ -137,14 +137,13 @@ def _refuse_old(weights: Weights, form: Format) -> None:
             )
 
 
-def _kernels(parts: Parts, form: Format, target: Target) -> list[Part]:
+def _kernels(parts: Parts, target: Target) -> list[Part]:
     """Keep what the target cannot run in the half type; the products among it."""
     lacking = []
     for part in parts:
         if part.scope is None or part.reason is not None:
             continue
-        version = part.scope.opset_imports.get("", 0)
-        if lacks_kernel(target, form.dtype, part.op_type, version):
+        if lacks_kernel(target, part, parts):
             part.keep("OF266", f"{target} has no kernel for {part.op_type}")
             lacking += [part] if part.op_type in PRODUCTS else []
     return lacking

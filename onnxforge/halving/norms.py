@@ -52,7 +52,7 @@ def norms(parts: Parts) -> Iterator[Norm]:
         source = _source(part, parts)
         if source is None:
             continue
-        ends = []
+        ends: list[Part] = []
         for op_type in ("Mul", "Add"):
             reader = _only_reader((ends or [part])[-1], parts)
             if (

@@ -37,12 +37,21 @@ def raise_opset(model: ir.Model, version: int) -> bool:
         from onnxscript.version_converter import convert_version
     except ImportError:
         raise OnnxforgeError("onnxscript is missing: pip install onnxscript") from None
+    ends = [(value.name, value.type, value.shape) for value in _ends(model)]
     with _quiet("onnxscript"):
         convert_version(model, version, fallback=True)
     after = Scope(model.graph, "").opset_imports.get("", 0)
-    if after != version:
+    same = [value.name for value in _ends(model)] == [name for name, *_ in ends]
+    if after != version or not same:
         raise Refused(f"raise_opset={version}: opset {before} cannot be raised to it")
+    # The converter writes what it infers where the model said less, or nothing.
+    for value, (_, type_, shape) in zip(_ends(model), ends, strict=True):
+        value.type, value.shape = type_, shape
     return True
+
+
+def _ends(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.outputs]
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class Part:
         fixed: Whether it is in half precision whatever its neighbours are.
         reads: The float32 values it reads, in order, weights among them.
         makes: The float32 values it makes.
+        turned: Inputs and outputs of an operator that it has in half precision if it is.
         half: Whether it is in half precision.
     """
 
@@ -53,6 +54,7 @@ class Part:
     fixed: bool = False
     reads: list[ir.Value] = field(default_factory=list)
     makes: list[ir.Value] = field(default_factory=list)
+    turned: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
     half: bool = False
 
     @property
@@ -265,6 +267,8 @@ class Parts:
         if turned is None:
             what = self.dtype.name.lower()
             part.keep("OF265", f"{node.op_type} takes no {what} at this opset")
+        else:
+            part.turned = turned
         for index, value in enumerate(node.inputs):
             own = part.reason or turned is None or index in turned[0]
             self._read(part if own else self.always, value, (node, index), graph)

@@ -114,6 +114,15 @@ def types(model: ModelProto) -> dict[str, int]:
     return found
 
 
+def constants(model: ModelProto) -> set[str]:
+    """Names of inputs, outputs of bodies and initializers."""
+    found: set[str] = set()
+    for graph in graphs(model):
+        found |= {value.name for value in (*graph.input, *graph.output)}
+        found |= {tensor.name for tensor in graph.initializer}
+    return found
+
+
 def ops(model: ModelProto, op_type: str) -> list[NodeProto]:
     """All nodes of an operator."""
     return [node for node in nodes(model) if node.op_type == op_type]
