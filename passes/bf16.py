@@ -18,16 +18,16 @@ __all__ = ["Bf16BoundaryCastPass"]
 class Bf16BoundaryCastPass(Pass):
     """Turn the float32 inside into bfloat16, with casts only at boundaries.
 
-    Weights, Constant nodes, values and attributes that name a type become bfloat16, in bodies of
-    If, Loop and Scan and in functions, which are converted once for all their calls. Float32
-    stay, and are reported: inputs and outputs that ``keep_io`` names, operators that are
+    Weights, Constant nodes, values and attributes that name a type become bfloat16, in bodies
+    of If, Loop and Scan and in functions, which are converted once for all their calls.
+    Float32 stay, and are reported: inputs and outputs that ``keep_io`` names, operators that are
     blocked, what an integer, a size or a position is computed from, and inputs that are
     float32 by definition, as the scales of Resize. A value that both read is cast once, and
     what stands between goes where it takes the fewest casts.
 
-    A mask below the lowest bfloat16 becomes finite. bfloat16 came with opset 13, in convolutions
-    with opset 22; what has no such type at the model's opset stays float32, and so does what
-    the target has no kernel for. A model or a target without any is refused.
+    A mask below the lowest bfloat16 becomes finite. bfloat16 came with opset 13, for
+    convolutions with opset 22; what has no such type at the model's opset stays float32, and
+    so does what the target has no kernel for. A model or a target without any is refused.
 
     Attributes:
         keep_io: ``all``, ``none``, or globs on the inputs and outputs that stay float32; the

@@ -18,16 +18,16 @@ __all__ = ["Fp16BoundaryCastPass"]
 class Fp16BoundaryCastPass(Pass):
     """Turn the float32 inside into float16, with casts only at boundaries.
 
-    Weights, Constant nodes, values and attributes that name a type become float16, in bodies of
-    If, Loop and Scan and in functions, which are converted once for all their calls. Float32
-    stay, and are reported: inputs and outputs that ``keep_io`` names, operators that are
+    Weights, Constant nodes, values and attributes that name a type become float16, in bodies
+    of If, Loop and Scan and in functions, which are converted once for all their calls.
+    Float32 stay, and are reported: inputs and outputs that ``keep_io`` names, operators that are
     blocked, what an integer, a size or a position is computed from, and inputs that are
     float32 by definition, as the scales of Resize. A value that both read is cast once, and
     what stands between goes where it takes the fewest casts.
 
-    Constants that float16 does not hold stay float32 with what reads them, a guard against zero
-    up to the division that it guards; a mask before a Softmax becomes finite. Activations that
-    overflow are found on ``samples``, or by `onnxforge emulate`, which names them.
+    Constants that float16 does not hold stay float32 with what reads them, a guard against
+    zero up to the division that it guards; a mask before a Softmax becomes finite. Activations
+    that overflow are found on ``samples``, or by `onnxforge emulate`, which names them.
 
     Attributes:
         keep_io: ``all``, ``none``, or globs on the inputs and outputs that stay float32; the

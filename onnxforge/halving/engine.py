@@ -32,7 +32,7 @@ __all__ = ["CODES", "Policy", "halve"]
 _DEFAULT = "default"
 
 CODES: Mapping[str, str] = {
-    **WEIGHT_CODES,
+    **{c: WEIGHT_CODES[c] for c in ("OF201", "OF204", "OF206", "OF207", "OF208", "OF209")},
     "OF260": "Only operators that stay float32 read the weight, so that it stays too.",
     "OF261": "A constant is beyond the range of the half type and no mask before a Softmax: it"
     " stays float32, and what reads it.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from onnxforge import PassManager
 from onnxforge.errors import Refused
+from onnxforge.replay import verify
 from support import fixtures, halves, oracle
 
 F16, F32 = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -378,10 +381,8 @@ def test_constant_of_shape_and_random_operators() -> None:
     oracle.run(tier, {"x": X})
 
 
-def test_activations_that_overflow_on_a_sample_stay_float32(tmp_path: object) -> None:
-    from pathlib import Path
-
-    folder = Path(str(tmp_path))
+def test_activations_that_overflow_on_a_sample_stay_float32(tmp_path: Path) -> None:
+    folder = tmp_path
     text = (
         HEAD
         + """m (float[n,8] x, bool c) => (float[n,8] y) {
@@ -401,6 +402,12 @@ def test_activations_that_overflow_on_a_sample_stay_float32(tmp_path: object) ->
     told = {f.where for f in report.passes[0].findings if f.code == "OF270"}
     assert {"n_b", "n_y/then_branch/n_p"} <= told
     assert "sha256:" in report.passes[0].text
+    onnx.save(parent, folder / "parent.onnx")
+    PassManager(f"fp16{{{options}}}").run(folder / "parent.onnx", folder / "tier.onnx")
+    ours = folder / "parent.onnx", folder / "tier.onnx"
+    assert verify(*ours, statistics=[folder / "s.npz"]).derived
+    with pytest.raises(Refused, match=r"the file with sha256:.* is needed"):
+        verify(*ours)
 
 
 ARITHMETIC = """m (float[2,3,8,8] x) => (float[2,24,8] y) {
