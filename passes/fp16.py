@@ -20,8 +20,8 @@ class Fp16BoundaryCastPass(Pass):
 
     Weights, Constant nodes, values and attributes that name a type become float16, in bodies
     of If, Loop and Scan and in functions, which are converted once for all their calls.
-    Float32 stay, and are reported: inputs and outputs that ``keep_io`` names, operators that are
-    blocked, what an integer, a size or a position is computed from, and inputs that are
+    Float32 stay, and are reported: inputs and outputs that ``keep_io`` names, operators that
+    are blocked, what an integer, a size or a position is computed from, and inputs that are
     float32 by definition, as the scales of Resize. A value that both read is cast once, and
     what stands between goes where it takes the fewest casts.
 

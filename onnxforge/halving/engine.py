@@ -19,7 +19,7 @@ from onnxforge.halving.opset import raise_opset
 from onnxforge.halving.parts import Part, Parts
 from onnxforge.halving.rewrite import Rewriter
 from onnxforge.halving.samples import keep_strained
-from onnxforge.halving.targets import Target, lacks_kernel
+from onnxforge.halving.targets import Kernels, Target
 from onnxforge.selection import CODES as WEIGHT_CODES
 from onnxforge.selection import skipped
 from onnxforge.weights import Weights
@@ -140,10 +140,11 @@ def _refuse_old(weights: Weights, form: Format) -> None:
 def _kernels(parts: Parts, target: Target) -> list[Part]:
     """Keep what the target cannot run in the half type; the products among it."""
     lacking = []
+    kernels = Kernels(target, parts)
     for part in parts:
         if part.scope is None or part.reason is not None:
             continue
-        if lacks_kernel(target, part, parts):
+        if kernels.lack(part):
             part.keep("OF266", f"{target} has no kernel for {part.op_type}")
             lacking += [part] if part.op_type in PRODUCTS else []
     return lacking

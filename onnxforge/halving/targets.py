@@ -13,11 +13,11 @@ from onnxforge.runtime.types import of_value
 from onnxforge.runtime.uses import Use
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from onnxforge.halving.parts import Part, Parts
 
-__all__ = ["Target", "lacks_kernel"]
+__all__ = ["Kernels", "Target"]
 
 Target = Literal["cuda", "tensorrt", "webgpu", "cpu", "any"]
 
@@ -31,26 +31,33 @@ _PROVIDERS: Mapping[Target, Provider] = {
 }
 
 
-def lacks_kernel(target: Target, part: Part, parts: Parts) -> bool:
-    """Whether onnxruntime has no kernel on a target for an operator in half precision.
+class Kernels:
+    """What a target has kernels for, as the newest release knows it that the tables are of."""
 
-    Args:
-        target: The target, as the newest release knows it that the tables are of.
-        part: The operator.
-        parts: All parts.
-    """
-    node, scope = part.node, part.scope
-    if node is None or scope is None:
-        return False
-    if target == "webgpu" and parts.dtype == ir.DataType.BFLOAT16:
-        return True  # its shaders have no such type, which the documents do not tell
-    provider = _PROVIDERS[target]
-    release = (releases() if provider == "cpu" else documented())[-1]
-    inputs = tuple(_types(node.inputs, part.turned[0], parts))
-    outputs = tuple(_types(node.outputs, part.turned[1], parts))
-    use = Use(part.where, node, scope.opset_imports, inputs, outputs, node.attributes)
-    reason = node_reason(use, release, provider)
-    return reason is not None and reason.kind == "kernel"
+    def __init__(self, target: Target, parts: Parts) -> None:
+        """Ask about the parts of a model."""
+        self._target = target
+        self._parts = parts
+        self._known: dict[Hashable, bool] = {}
+
+    def lack(self, part: Part) -> bool:
+        """Whether onnxruntime has no kernel there for an operator in half precision."""
+        node, scope = part.node, part.scope
+        if node is None or scope is None:
+            return False
+        if self._target == "webgpu" and self._parts.dtype == ir.DataType.BFLOAT16:
+            return True  # its shaders have no such type, which the documents do not tell
+        imports = scope.opset_imports
+        inputs = tuple(_types(node.inputs, part.turned[0], self._parts))
+        outputs = tuple(_types(node.outputs, part.turned[1], self._parts))
+        key = node.op_type, imports.get(""), inputs, outputs, tuple(node.attributes)
+        if key not in self._known:
+            use = Use(part.where, node, imports, inputs, outputs, node.attributes)
+            provider = _PROVIDERS[self._target]
+            release = (releases() if provider == "cpu" else documented())[-1]
+            reason = node_reason(use, release, provider)
+            self._known[key] = reason is not None and reason.kind == "kernel"
+        return self._known[key]
 
 
 def _types(
