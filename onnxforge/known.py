@@ -60,7 +60,7 @@ def known(name: str, given: Sequence[Path]) -> Known | KnownSample:
         wanted = name.removeprefix(BY_HASH)
         found = next((path for path in given if _sha256(path) == wanted), None)
         if found is None:
-            raise Refused(f"the file with {name} is needed: --stats names it")
+            raise Refused(f"no file given has {name}: --stats names their file")
         path = found
     if path.suffix.lower() == ".npz":
         return KnownSample(path, _sha256(path), read_archive(path))

@@ -38,10 +38,10 @@ class Side:
         run_seconds: How long each sample took.
         peak_memory: Most bytes its process had resident.
         casts: Inputs that were fed in another type than the reference takes, as text.
-        emulated: The half type that float32 was rounded to in its place, empty if the model
-            ran itself.
         failure: What the runtime said when it failed, the signal it died of, or the time
             limit it was killed at; else empty.
+        emulated: The half type that float32 was rounded to in its place, empty if the model
+            ran itself.
     """
 
     path: str
@@ -53,8 +53,8 @@ class Side:
     run_seconds: tuple[float, ...]
     peak_memory: int | None
     casts: tuple[str, ...] = ()
-    emulated: str = ""
     failure: str = ""
+    emulated: str = ""
 
 
 @dataclass(frozen=True)
