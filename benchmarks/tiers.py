@@ -362,7 +362,8 @@ def report(options: argparse.Namespace) -> None:
         print("\n".join(["", f"### {name}", "", *table(rows, options)]), flush=True)
 
 
-def _pairs(parser: argparse.ArgumentParser, texts: list[str]) -> dict[str, str]:
+def pairs(parser: argparse.ArgumentParser, texts: list[str]) -> dict[str, str]:
+    """Words of the form NAME=PATH."""
     if wrong := [text for text in texts if "=" not in text]:
         parser.error(f"{wrong[0]!r}: NAME=PATH was wanted")
     return dict(text.split("=", 1) for text in texts)
@@ -389,7 +390,7 @@ def main() -> None:
     add("--onnxforge", default=str(beside), help="the command that makes the tiers")
     add("--dir", type=Path, default=Path(tempfile.gettempdir()) / "onnxforge-tiers")
     options = parser.parse_args()
-    options.model, options.data = (_pairs(parser, o) for o in (options.model, options.data))
+    options.model, options.data = (pairs(parser, o) for o in (options.model, options.data))
     if lacking := sorted(options.model.keys() - options.data.keys()):
         parser.error(f"no --data for the model {lacking[0]!r}")
     report(options)

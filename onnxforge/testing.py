@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from onnxforge import laws
 from onnxforge.core import FILES, Effect
+from onnxforge.emulation import computes_in, emulate
 from onnxforge.errors import BrokenPass, CheckFailed, Refused
+from onnxforge.known import known, named
 from onnxforge.model_io import from_proto, load
 from onnxforge.registry import parse
 from onnxforge.runtime.session import run as run_in_child
 from onnxforge.saving import save
-from onnxforge.stats_file import Known
 from onnxforge.verify import interface, problem
 from onnxforge.weights import Weights
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from onnxforge.core import Pass, Result
 
 __all__ = [
@@ -70,8 +70,8 @@ def conform(step: Pass, model: Path, folder: Path, inputs: Iterable[Arrays] = ()
 
 def give(step: Pass, model: ir.Model) -> ir.Model:
     """Hand a model the files that a pass names, as PassManager does."""
-    paths = [getattr(step, option) for option in step.files]
-    model.meta[FILES] = {path: Known.read(Path(path)) for path in paths}
+    names = {name for found in named(step).values() for name in found}
+    model.meta[FILES] = {name: known(name, ()) for name in names}
     return model
 
 
@@ -119,7 +119,8 @@ def hold_validity(step: Pass, path: Path) -> None:
     result = outcome(step, path)
     if result is not None:
         after = result.model
-        found = problem(after), interface(after), dict(after.opset_imports)
+        contract = interface(after, dict.fromkeys(result.retyped, ir.DataType.FLOAT))
+        found = problem(after), contract, dict(after.opset_imports)
         for what, old, new in zip(
             ("validity", "interface", "imports"), before, found, strict=True
         ):
@@ -174,6 +175,11 @@ def hold_written(
     save(result.model, target)
     same = laws.payloads(load(target)) == laws.payloads(result.model)
     _claim(same, f"{step.name} makes weights that are others when they are read again")
+    if result.retyped or computes_in(load(target)):  # half precision, as no processor computes
+        model = load(target)
+        emulate(model)
+        target = folder / "emulated.onnx"
+        save(model, target)
     for sample in inputs:
         kinds = [
             {name: (array.shape, array.dtype) for name, array in run(each, sample).items()}

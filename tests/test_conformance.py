@@ -20,11 +20,19 @@ from support import fixtures, oracle, payload, statistics
 # At its defaults, or with what it requires, and at least once with other options.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "assert-pure": ("assert-pure", "assert-pure{max_opset=18 imports=all functions=forbid}"),
+    "bf16": (
+        "bf16",
+        "bf16{keep_io=none block_op_types=Softmax target=tensorrt}",
+    ),
     "dynamic-int8": (
         "dynamic-int8",
         "dynamic-int8{min_bytes=0 float_front_end=false float_depthwise=false}",
         "dynamic-int8{min_bytes=0 weight_type=uint8 per_channel=false leftover=int8w}",
         "dynamic-int8{min_bytes=0 reduce_range=true scale=mse}",
+    ),
+    "fp16": (
+        "fp16",
+        "fp16{keep_io=none block_op_types=Softmax target=webgpu}",
     ),
     "fp16w": (
         "fp16w",

@@ -33,6 +33,7 @@ PASSES_MAY_IMPORT = {
     "dequantized",
     "errors",
     "flow",
+    "halving",
     "integer",
     "lazy",
     "numerics",

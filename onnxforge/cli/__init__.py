@@ -12,6 +12,7 @@ import click
 
 from onnxforge.cli.build import build
 from onnxforge.cli.calibrate import calibrate
+from onnxforge.cli.emulate import emulate
 from onnxforge.cli.lint import lint
 from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
@@ -52,12 +53,13 @@ for _command in (
     list_passes,
     explain,
     inspect_model,
-    support,
     compare,
     verify,
     calibrate,
     build,
     lint,
+    emulate,
+    support,
 ):
     _cli.add_command(_command)
 
