@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxforge.bundle.recipe import CALIBRATION, MANIFEST
 from onnxforge.bundle.state import fingerprint
 from onnxforge.errors import OnnxforgeError, SpecError
-from onnxforge.manager import BY_HASH
+from onnxforge.known import BY_HASH
 from onnxforge.model_io import files, load
 from onnxforge.options import did_you_mean
 from onnxforge.registry import entries
