@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxforge.bundle.recipe import CALIBRATION, MANIFEST
 from onnxforge.bundle.state import fingerprint
 from onnxforge.errors import OnnxforgeError, SpecError
-from onnxforge.known import BY_HASH
+from onnxforge.known import BY_HASH, named
 from onnxforge.model_io import files, load
 from onnxforge.options import did_you_mean
 from onnxforge.registry import entries
@@ -179,15 +179,17 @@ class Plan:
         paths: list[Path] = []
         steps: list[Pass] = []
         for step in variant.passes:
-            named: dict[str, str] = {}
-            for option in step.files:
-                path, sha = self._statistics_file(graph, getattr(step, option))
-                paths.append(path)
-                named[option] = f"{BY_HASH}{sha}"
-            steps.append(replace(step, **named) if named else step)
+            given: dict[str, str | tuple[str, ...]] = {}
+            for option, names in named(step).items():
+                found = [self._file(graph, name) for name in names]
+                paths += [path for path, _ in found]
+                hashes = tuple(f"{BY_HASH}{sha}" for _, sha in found)
+                is_one = isinstance(getattr(step, option), str)
+                given[option] = hashes[0] if is_one else hashes
+            steps.append(replace(step, **given) if given else step)
         return tuple(steps), paths
 
-    def _statistics_file(self, graph: Graph, name: str) -> tuple[Path, str]:
+    def _file(self, graph: Graph, name: str) -> tuple[Path, str]:
         if name != CALIBRATION:
             path = self.recipe.path.parent / name
             return path, self.state.sha256(path)
