@@ -45,11 +45,16 @@ class Fault:
 
 def faults(model: ir.Model, uses: Iterable[Use]) -> Iterator[Fault]:
     """The forms in a model that some release fails on."""
+    known = {use.node: use for use in uses}
     yield from _of_model(model)
-    for use in uses:
-        for form in _FORMS.get((use.domain, use.node.op_type), ()):
-            if found := form(use):
-                yield found
+    for scope in scopes(model):
+        for value in scope.graph.initializers.values():
+            yield from _weight(scope, value, known)
+    for use in known.values():
+        if form := _FORMS.get((use.domain, use.node.op_type)):
+            yield from filter(None, [form(use)])
+        if (use.domain, use.node.op_type) == ("", "CastLike"):
+            yield from filter(None, [_cast_like(use, known)])
         yield from _outside(use)
 
 
@@ -92,15 +97,13 @@ def _of_model(model: ir.Model) -> Iterator[Fault]:
             if value not in own:
                 text = "a body gives back a value from outside of it"
                 yield Fault(f"{scope.path}{value.name}", text, providers=everywhere)
-        for value in scope.graph.initializers.values():
-            yield from _weight(scope, value)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype == ir.DataType.BFLOAT16:
             text = "onnxruntime-web takes and gives no bfloat16"
             yield Fault(value.name or "", text, "1.22..", providers=("web",))
 
 
-def _weight(scope: Scope, value: ir.Value) -> Iterator[Fault]:
+def _weight(scope: Scope, value: ir.Value, known: Mapping[ir.Node, Use]) -> Iterator[Fault]:
     where, tensor = f"{scope.path}{value.name}", value.const_value
     if isinstance(tensor, FileTensor) and tensor.external:
         if 0 in tensor.shape:
@@ -112,7 +115,7 @@ def _weight(scope: Scope, value: ir.Value) -> Iterator[Fault]:
     readers = [reader for reader, _ in value.uses()]
     half = tensor is not None and tensor.dtype == ir.DataType.FLOAT16
     single = half and value.is_graph_input() and len(set(readers)) == 1
-    if single and _is_cast(readers[0], scope.opset_imports):
+    if single and _is_cast(known.get(readers[0])):
         text = "a float16 weight that is an input too, cast for its only reader, crashes"
         yield Fault(where, text, "1.23..1.29")
 
@@ -120,12 +123,12 @@ def _weight(scope: Scope, value: ir.Value) -> Iterator[Fault]:
 _EMPTY = "1.23..1.31"  # at the end of a data file, or in an empty one
 
 
-def _is_cast(node: ir.Node, imports: Mapping[str, int]) -> bool:
-    """Whether casts are put around a node of float16, on the processor."""
-    half = ["float16", *[None] * (len(node.inputs) - 1)]
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    operator = domain, node.op_type, imports.get(domain, 1)
-    return has_kernel(releases()[0], "cpu", operator, half) is False
+def _is_cast(use: Use | None) -> bool:
+    """Whether casts from float16 are put around a node, on the processor."""
+    if use is None or "float16" not in use.inputs:
+        return False
+    operator = use.domain, use.node.op_type, use.version or 1
+    return not has_kernel(releases()[0], "cpu", operator, use.inputs, use.outputs)
 
 
 def _constant(use: Use, i: int) -> ir.TensorProtocol | None:
@@ -279,13 +282,13 @@ def _grid_sample(use: Use) -> Fault | None:
     return None
 
 
-def _cast_like(use: Use) -> Fault | None:
+def _cast_like(use: Use, known: Mapping[ir.Node, Use]) -> Fault | None:
     value = use.node.inputs[0]
     maker = None if value is None else value.producer()
-    if use.inputs != ("float16", "float16") or maker is None or maker.op_type == "Constant":
+    if use.inputs != ("float16", "float16") or maker is None:
         return None
-    readers = [reader for reader, _ in use.node.outputs[0].uses()]
-    if _is_cast(maker, use.imports) and any(_is_cast(r, use.imports) for r in readers):
+    readers = [known.get(reader) for reader, _ in use.node.outputs[0].uses()]
+    if _is_cast(known.get(maker)) and any(map(_is_cast, readers)):
         text = "CastLike from float16 to float16 between nodes without kernels for it"
         return Fault(use.where, text, "..1.30")
     return None
@@ -293,10 +296,10 @@ def _cast_like(use: Use) -> Fault | None:
 
 def _attention(use: Use) -> Fault | None:
     masked = len(use.inputs) > 3 and use.inputs[3] not in ("", "bool")
-    if use.inputs[0] == "double" and masked and _attribute(use, "is_causal") == 1:
-        text = "Attention of double with a mask of numbers and is_causal"
-        return Fault(use.where, text, "..1.31")
-    return None
+    if use.inputs[0] != "double" or not masked:
+        return None
+    span = "..1.31" if _attribute(use, "is_causal") == 1 else "..1.23"
+    return Fault(use.where, "Attention of double with a mask of numbers", span)
 
 
 def _dequantize(use: Use) -> Fault | None:
@@ -306,18 +309,17 @@ def _dequantize(use: Use) -> Fault | None:
     return None
 
 
-_FORMS: dict[tuple[str, str], tuple[Callable[[Use], Fault | None], ...]] = {
-    ("", "Attention"): (_attention,),
-    ("", "CastLike"): (_cast_like,),
-    ("", "ConvInteger"): (_conv_integer,),
-    ("", "DFT"): (_dft,),
-    ("", "DequantizeLinear"): (_dequantize,),
-    ("", "GRU"): (_recurrent,),
-    ("", "GridSample"): (_grid_sample,),
-    ("", "LSTM"): (_recurrent,),
-    ("", "MatMul"): (_matmul,),
-    ("", "MatMulInteger"): (_matmul_integer,),
-    ("", "Mul"): (_mul,),
-    ("", "RNN"): (_recurrent,),
-    ("", "Relu"): (_relu,),
+_FORMS: dict[tuple[str, str], Callable[[Use], Fault | None]] = {
+    ("", "Attention"): _attention,
+    ("", "ConvInteger"): _conv_integer,
+    ("", "DFT"): _dft,
+    ("", "DequantizeLinear"): _dequantize,
+    ("", "GRU"): _recurrent,
+    ("", "GridSample"): _grid_sample,
+    ("", "LSTM"): _recurrent,
+    ("", "MatMul"): _matmul,
+    ("", "MatMulInteger"): _matmul_integer,
+    ("", "Mul"): _mul,
+    ("", "RNN"): _recurrent,
+    ("", "Relu"): _relu,
 }
