@@ -8,13 +8,14 @@ RUNTIMES ?=
 CLIENTS ?=
 FIDELITY ?=
 CRASH ?=
+KERNELS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint format types coverage docs bench runtimes fidelity hostile \
-    crash clients clean
+    crash clients kernels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +68,9 @@ hostile: $(READY) ## damaged and hostile models beside what other tools do with 
 
 crash: $(READY) ## kill 200 overwrites at random moments, CRASH='...' for options
 	$(BIN)/python tests/sweeps/crash.py $(CRASH)
+
+kernels: $(READY) ## ask each onnxruntime what it can load, KERNELS='--repository CLONE' for CUDA
+	$(BIN)/python benchmarks/kernels.py $(KERNELS)
 
 clients: $(READY) ## try models in Chromium, node, Rust and Python, CLIENTS='...' for options
 	$(BIN)/python tests/clients/run.py $(CLIENTS)

@@ -15,6 +15,7 @@ from onnxforge.cli.lint import lint
 from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
+from onnxforge.cli.support import support
 from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
 from onnxforge.interrupts import Interrupted, interruptible
 from onnxforge.postponed import postponed
@@ -45,7 +46,17 @@ def _cli() -> None:
     """Turn an exported ONNX model into the tiers a publisher ships."""
 
 
-for _command in (run, list_passes, explain, inspect_model, compare, verify, calibrate, lint):
+for _command in (
+    run,
+    list_passes,
+    explain,
+    inspect_model,
+    support,
+    compare,
+    verify,
+    calibrate,
+    lint,
+):
     _cli.add_command(_command)
 
 
