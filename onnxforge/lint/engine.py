@@ -16,6 +16,7 @@ from onnxforge.lint.config import Options, matches
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
 from onnxforge.lint.rules import RULES
+from onnxforge.runtime.ceilings import OLDEST
 from onnxforge.storage.remote import is_address
 
 if TYPE_CHECKING:
@@ -59,9 +60,15 @@ def _claimed(found: Bundle, options: Options) -> Options:
     releases = targets.get("onnxruntime") if isinstance(targets, dict) else None
     if options.min_ort is not None or not isinstance(releases, list):
         return options
-    known = [text for text in releases if re.fullmatch(r"\d+\.\d+", str(text))]
-    oldest = min(known, key=lambda text: [int(part) for part in text.split(".")], default=None)
+    known = [text for text in map(str, releases) if re.fullmatch(r"\d+\.\d+", text)]
+    oldest = min(known, key=_number, default=None)
+    if oldest is not None:  # of older ones than those in the tables nothing is known
+        oldest = max(oldest, OLDEST, key=_number)
     return replace(options, min_ort=oldest)
+
+
+def _number(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
 
 
 class _Run:

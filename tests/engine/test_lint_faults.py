@@ -126,6 +126,25 @@ def _a_deprecated_operator(root: Path) -> None:
     beside(root, faultless.model([node("Upsample", ["x", "s"], "y")], [X], [Y], {"s": scales}))
 
 
+@fault("recursive-function", "vad.onnx", "own::Twice")
+def _a_function_that_calls_itself(root: Path) -> None:
+    proto = faultless.model([node("Twice", ["x"], "y", domain="own")], [X], [Y])
+    imports = [helper.make_opsetid("own", 1)]
+    body = [node("Twice", ["a"], "b", domain="own")]
+    proto.functions.append(helper.make_function("own", "Twice", ["a"], ["b"], body, imports))
+    proto.opset_import.add(domain="own", version=1)
+    beside(root, proto)
+
+
+@fault("wrong-length", "vad.onnx", "w")
+def _values_in_the_field_of_another_type(root: Path) -> None:
+    weights = {"w": random(0, 8, 8)}
+    proto = faultless.model([node("MatMul", ["x", "w"], "y")], [X], [Y], weights)
+    proto.graph.initializer[0].ClearField("raw_data")
+    proto.graph.initializer[0].int64_data.extend(range(32))
+    beside(root, proto)
+
+
 # Weights in data files.
 
 

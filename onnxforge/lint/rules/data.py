@@ -151,7 +151,8 @@ def wrong_length(model: Model, options: Options) -> Iterator[Problem]:
 
     What it does:
         Compares the length that is written, or that of the values in the model, with what the
-        shape needs. A length of 0 in a data file means all there is.
+        shape needs. A length of 0 in a data file means all there is. Values that stand in the
+        field of another type, or in the model and in a data file, count as wrong as well.
 
     Why it is bad:
         Runtimes refuse the tensor; tools that believe the length copy half of it.
@@ -171,6 +172,8 @@ def wrong_length(model: Model, options: Options) -> Iterator[Problem]:
                 yield Problem(f"has the unknown data type {tensor.dtype}", tensor.where)
         elif min(tensor.shape, default=0) < 0:
             yield Problem("has a negative dimension", tensor.where)
+        elif reason := _misplaced(tensor):
+            yield Problem(reason, tensor.where)
         elif (count := _stored(tensor)) not in (None, tensor.nbytes):
             text = f"holds {count} bytes, but its shape needs {tensor.nbytes}"
             yield Problem(text, tensor.where)
@@ -178,6 +181,16 @@ def wrong_length(model: Model, options: Options) -> Iterator[Problem]:
         if each.length not in (None, 0, each.tensor.nbytes):
             text = f"length {each.length}, but its shape needs {each.tensor.nbytes} bytes"
             yield Problem(text, each.tensor.where)
+
+
+def _misplaced(tensor: Tensor) -> str | None:
+    """Why values stand where they do not belong, or None."""
+    filled = {field for field in ("raw_data", *_FIELDS) if len(getattr(tensor.proto, field))}
+    if tensor.external:
+        return "has values in the model and in a data file" if filled else None
+    right = {"raw_data", onnx.helper.tensor_dtype_to_field(tensor.dtype)}
+    good = len(filled) <= 1 and filled <= right
+    return None if good else "its values stand in a field of another type"
 
 
 def _stored(tensor: Tensor) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -54,27 +55,27 @@ def link(bundle: Bundle, options: Options) -> Iterator[Problem]:
         roots = [path.parent.resolve(), path.resolve().parent]
         for name in by_file([model]):
             data = bundle.files.local(name)
-            if data is not None and data.is_file() and (reason := _astray(data, roots)):
+            there = data is not None and bundle.files.size(name) is not None
+            if data is not None and there and (reason := _astray(data, roots)):
                 yield Problem(
                     f"data file {name.rpartition('/')[2]!r} {reason}", file=model.name
                 )
 
 
 def _astray(data: Path, roots: list[Path]) -> str | None:
+    """Why a data file is not one of its folder alone, or None."""
     real = data.resolve()
     if not any(real.is_relative_to(root) for root in roots):
         return (
             f"is a link out of the folder, to {data.readlink() if data.is_symlink() else real}"
         )
     status = real.stat()
-    if status.st_nlink > 1 and not data.is_symlink():
-        beside = sum(
-            other.stat().st_ino == status.st_ino
-            for other in real.parent.iterdir()
-            if other.is_file()
-        )
-        if beside < status.st_nlink:
-            return "has another name outside of the folder (hard link)"
+    names = 0
+    for folder in {real.parent, *roots} if status.st_nlink > 1 else ():
+        with os.scandir(folder) as entries:
+            names += sum(entry.inode() == status.st_ino for entry in entries)
+    if names < status.st_nlink and status.st_nlink > 1:
+        return "has another name outside of the folder (hard link)"
     return None
 
 
@@ -151,7 +152,8 @@ def too_large_for_browsers(bundle: Bundle, options: Options) -> Iterator[Problem
         None.
     """
     targets = bundle.said.get("targets", {})
-    tiers = targets.get("browser", []) if isinstance(targets, dict) else []
+    said = targets.get("browser") if isinstance(targets, dict) else None
+    tiers = said if isinstance(said, list) else []
     models = [model for model in bundle.models if options.browser or model.tier in tiers]
     names = dict.fromkeys([*(model.name for model in models), *by_file(models)])
     for name in names:

@@ -120,7 +120,7 @@ def _untrue(graph: Mapping[str, Any], model: Model) -> Iterator[str]:
         "data": sorted({each.file for each in model.held if each.file}),
     }
     for key, true in is_so.items():
-        said = sorted(graph[key]) if isinstance(true, list) else graph[key]
+        said = sorted(map(str, graph[key])) if isinstance(true, list) else graph[key]
         if said != true:
             yield f"{key} is {_short(said)}, the model says {_short(true)}"
     for key, values in (("inputs", proto.graph.input), ("outputs", proto.graph.output)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -111,13 +112,15 @@ def _reasons(
     first = None if oldest is None else ceiling(oldest).release
     asked = known[known.index(first) :] if first in known else known[-1:]
     try:
-        graph = serde.deserialize_model(model.proto)
+        with warnings.catch_warnings(action="ignore"):
+            graph = serde.deserialize_model(model.proto)
         refuse_cycles(graph)
+        found = supported(graph, asked, provider)
     except (serde.SerdeError, ModelError, ValueError, TypeError, KeyError):
         return []  # what is wrong with such a graph other rules tell
     return [
         (support.version, reason.kind, reason.node, reason.text)
-        for support in supported(graph, asked, provider)
+        for support in found
         if all(reason.kind != "opset" for reason in support.reasons)  # what that lacks follows
         for reason in support.reasons
     ]

@@ -206,6 +206,46 @@ def unknown_operator(model: Model, options: Options) -> Iterator[Problem]:
             yield Problem(reason, node.where)
 
 
+def recursive_function(model: Model, options: Options) -> Iterator[Problem]:
+    """A function calls itself.
+
+    What it does:
+        Follows the calls from function to function, in bodies too.
+
+    Why it is bad:
+        Runtimes put the body of a function in the place of its call: they refuse the model,
+        or do not come to an end.
+
+    Example:
+        A tool gives a function the name of the operator that it is made of.
+
+    How to mend:
+        Give the function a name, or a domain, of its own.
+
+    Fix:
+        None.
+    """
+    known = {
+        (f.domain, f.name): _calls(model, graph)
+        for f, graph in zip(model.proto.functions, list(_owners(model))[1:], strict=True)
+    }
+    for start in known:
+        seen: set[tuple[str, str]] = set()
+        waiting = [*known[start]]
+        while waiting:
+            call = waiting.pop()
+            if call in known and call not in seen:
+                seen.add(call)
+                waiting += known[call]
+        if start in seen:
+            yield Problem("calls itself", "::".join(start))
+
+
+def _calls(model: Model, owner: Graph) -> set[tuple[str, str]]:
+    nodes = (node for graph in _family(model, owner) for node in graph.nodes)
+    return {(node.proto.domain, node.proto.op_type) for node in nodes}
+
+
 @functools.cache
 def lack(op_type: str, version: int) -> str:
     """Why ai.onnx has no operator at a version, empty if it has."""
@@ -244,4 +284,5 @@ RULES = (
     Rule("OF404", "ir-too-new", "error", ir_too_new),
     Rule("OF405", "opset-too-new", "error", opset_too_new),
     Rule("OF406", "unknown-operator", "error", unknown_operator),
+    Rule("OF407", "recursive-function", "error", recursive_function),
 )
