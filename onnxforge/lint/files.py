@@ -78,6 +78,7 @@ class LocalFiles(Files):
         self.root = str(root)
         self._folder = root
         self._deep = deep
+        self._sizes: dict[str, int | None] = {}
 
     @functools.cached_property
     def names(self) -> Mapping[str, int]:
@@ -93,12 +94,10 @@ class LocalFiles(Files):
         return found
 
     def size(self, name: str) -> int | None:
-        """Size of a regular file or of what a link leads to."""
-        try:
-            status = (self._folder / name).stat()
-        except (OSError, ValueError):  # also a NUL in the name
-            return None
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
+        """Size of a regular file or of what a link leads to, asked once."""
+        if name not in self._sizes:
+            self._sizes[name] = _size(self._folder / name)
+        return self._sizes[name]
 
     @contextlib.contextmanager
     def slices(self, name: str) -> Iterator[Slices]:
@@ -120,3 +119,11 @@ class LocalFiles(Files):
     def local(self, name: str) -> Path:
         """The path."""
         return self._folder / name
+
+
+def _size(path: Path) -> int | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # also a NUL in the name
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

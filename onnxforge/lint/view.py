@@ -6,6 +6,7 @@ runtimes do: in the graph itself, then in those around it. Weights are not read.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -67,12 +68,12 @@ class Tensor:
         """Type of the elements."""
         return self.proto.data_type
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Number of elements along each axis."""
         return tuple(self.proto.dims)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Size in bytes by type and shape, 0 where that is not known."""
         bits = BITS.get(self.dtype, 0)
