@@ -115,15 +115,22 @@ def is_reduced(tier: str) -> bool:
 
 def _sort(models: Sequence[Model], said: set[str]) -> bool:
     """Give each model its tier and its stem; whether tiers are folders."""
-    folders = {model.folder.rstrip("/").rpartition("/")[2] for model in models}
+    folders = {_folder(model) for model in models}
     tiers = {folder for folder in folders if _TIER.fullmatch(folder) or folder in said}
     for model in models:
-        folder = model.folder.rstrip("/").rpartition("/")[2]
+        folder = _folder(model)
         if folder in tiers:
             model.tier = folder
         elif not tiers:
             model.stem, model.tier = _split(model.stem, said)
     return bool(tiers)
+
+
+def _folder(model: Model) -> str:
+    """The name of the folder that a model is in."""
+    root = model.files.local("")
+    above = model.files.root if root is None else root.resolve().as_posix()
+    return f"{above.rstrip('/')}/{model.folder}".rstrip("/").rpartition("/")[2]
 
 
 def _split(stem: str, said: set[str]) -> tuple[str, str]:

@@ -165,6 +165,19 @@ def test_files_alone_are_seen_with_what_stands_beside_them(root: Path) -> None:
     assert rules(model) == ["orphaned-bytes"]
 
 
+def test_the_folder_of_a_file_names_its_tier(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (root / "int8").glob("*.onnx*"):
+        shutil.copy(root / "fp32" / path.name, path)
+    paths = sorted((root / "int8").glob("*.onnx"))
+    assert set(rules(*paths)) == {"float32-left"}
+    assert set(rules(root / "int8")) == {"float32-left"}
+    monkeypatch.chdir(root / "int8")
+    assert set(rules(Path("encoder.onnx"))) == {"float32-left"}
+    assert rules(root / "fp32") == []
+
+
 # Configuration.
 
 

@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import onnx
-
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.held import Held, by_file, holes, is_padding
+from onnxforge.lint.values import fault
 from onnxforge.lint.view import BITS
 from onnxforge.needs import needs_constant
 
@@ -139,8 +138,8 @@ def bad_range(model: Model, options: Options) -> Iterator[Problem]:
     """
     for each in model.held:
         size = None if each.file is None else model.files.size(each.file)
-        for fault in each.faults:
-            yield Problem(fault, each.tensor.where)
+        for text in each.faults:
+            yield Problem(text, each.tensor.where)
         if size is not None and each.offset is not None and each.stop > size:
             text = f"bytes {each.offset} to {each.stop} are not in {each.location!r}"
             yield Problem(f"{text}, which has {size}", each.tensor.where)
@@ -167,46 +166,12 @@ def wrong_length(model: Model, options: Options) -> Iterator[Problem]:
         None.
     """
     for tensor in model.tensors:
-        if tensor.dtype not in BITS:
-            if tensor.dtype != onnx.TensorProto.STRING:
-                yield Problem(f"has the unknown data type {tensor.dtype}", tensor.where)
-        elif min(tensor.shape, default=0) < 0:
-            yield Problem("has a negative dimension", tensor.where)
-        elif reason := _misplaced(tensor):
+        if (reason := fault(tensor)) is not None:
             yield Problem(reason, tensor.where)
-        elif (count := _stored(tensor)) not in (None, tensor.nbytes):
-            text = f"holds {count} bytes, but its shape needs {tensor.nbytes}"
-            yield Problem(text, tensor.where)
     for each in model.held:
         if each.length not in (None, 0, each.tensor.nbytes):
             text = f"length {each.length}, but its shape needs {each.tensor.nbytes} bytes"
             yield Problem(text, each.tensor.where)
-
-
-def _misplaced(tensor: Tensor) -> str | None:
-    """Why values stand where they do not belong, or None."""
-    filled = {field for field in ("raw_data", *_FIELDS) if len(getattr(tensor.proto, field))}
-    if tensor.external:
-        return "has values in the model and in a data file" if filled else None
-    right = {"raw_data", onnx.helper.tensor_dtype_to_field(tensor.dtype)}
-    good = len(filled) <= 1 and filled <= right
-    return None if good else "its values stand in a field of another type"
-
-
-def _stored(tensor: Tensor) -> int | None:
-    """How many bytes a tensor holds in the model, None where that is not simple to tell."""
-    if tensor.payload is not None:
-        return tensor.payload.length
-    if tensor.external:
-        return None
-    if tensor.proto.HasField("raw_data"):
-        return len(tensor.proto.raw_data)
-    bits = BITS[tensor.dtype]
-    is_complex = tensor.dtype in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
-    if bits < 8 or is_complex:
-        return None
-    count = sum(len(getattr(tensor.proto, field)) for field in _FIELDS)
-    return count * bits // 8
 
 
 def unknown_data_key(model: Model, options: Options) -> Iterator[Problem]:
