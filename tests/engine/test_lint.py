@@ -419,8 +419,8 @@ def test_a_rule_is_documented(rule: object) -> None:
 
 def test_looking_at_headers_needs_no_onnx_ir(root: Path) -> None:
     code = (
-        "import sys\nfrom onnxforge.lint import lint\n"
-        f"assert not lint([{str(root)!r}]).findings\n"
+        "import sys\nfrom onnxforge.lint import Options, lint\n"
+        f"assert not lint([{str(root)!r}], Options(ignore=('OF450', 'OF451'))).findings\n"
         "print(*{'onnx_ir', 'onnxruntime', 'fsspec'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -67,6 +67,7 @@ def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.Nod
 
 X = value("x", ["batch", 8])
 Y = value("y", ["batch", 8])
+IDS = value("x", ["batch", 8], TensorProto.INT64)
 
 
 # Versions.
@@ -316,7 +317,7 @@ def _a_model_of_3_gb(root: Path) -> None:
     """A real one: a tensor whose bytes are a hole in the file."""
     size = 3 << 30
     dims = [size // 4]
-    proto = faultless.model([node("Gather", ["big", "x"], "y")], [X], [Y])
+    proto = faultless.model([node("Gather", ["big", "x"], "y")], [IDS], [Y])
     inner = TensorProto(name="big", data_type=1, dims=dims).SerializeToString()
     inner += b"\x4a" + varint(size)  # raw_data
     graph = proto.graph.SerializeToString() + b"\x2a" + varint(len(inner) + size) + inner
@@ -343,7 +344,7 @@ def varint(number: int) -> bytes:
 )
 def _data_of_3_gb(root: Path) -> None:
     size = 3 << 30
-    proto = faultless.model([node("Gather", ["big", "x"], "y")], [X], [Y])
+    proto = faultless.model([node("Gather", ["big", "x"], "y")], [IDS], [Y])
     big = proto.graph.initializer.add(name="big", data_type=1, dims=[size // 4])
     big.data_location = TensorProto.EXTERNAL
     big.external_data.add(key="location", value="vad.onnx_data")
@@ -499,30 +500,30 @@ def integers(
 UINT8 = np.array(128, np.uint8)
 
 
-@fault("integer-zero-point", "vad.onnx", "product")
+@fault("failing-form", "vad.onnx", "product")
 def _a_zero_point_for_each_channel(root: Path) -> None:
     weight, zeros = np.ones((4, 2, 3), np.uint8), np.full(4, 128, np.uint8)
     beside(root, integers("ConvInteger", weight, [UINT8, zeros], 3))
 
 
-@fault("integer-zero-point", "vad.onnx", "product")
+@fault("failing-form", "vad.onnx", "product")
 def _a_flat_zero_point_for_a_batch(root: Path) -> None:
     weight = np.ones((3, 4, 5), np.int8)
     beside(root, integers("MatMulInteger", weight, [UINT8, np.zeros(5, np.int8)], 3))
 
 
-@fault("integer-zero-point", "vad.onnx", "product")
+@fault("failing-form", "vad.onnx", "product")
 def _a_zero_point_for_each_row(root: Path) -> None:
     weight = np.ones((4, 5), np.int8)
     beside(root, integers("MatMulInteger", weight, [np.full(3, 128, np.uint8)]))
 
 
-@fault("conv-integer-weight", "vad.onnx", "product")
+@fault("no-kernel", "vad.onnx", "product")
 def _an_int8_convolution(root: Path) -> None:
     beside(root, integers("ConvInteger", np.ones((4, 2, 3), np.int8), [UINT8], 3))
 
 
-@fault("conv-integer-input", "vad.onnx", "product")
+@fault("failing-form", "vad.onnx", "product")
 def _no_zero_point_of_the_input(root: Path) -> None:
     beside(root, integers("ConvInteger", np.ones((4, 2, 3), np.uint8), [None, UINT8], 3))
 
@@ -551,7 +552,7 @@ def dequantized(
     return faultless.model(nodes, *ports, weights)
 
 
-@fault("dequantized-batch", "vad.onnx", "y")
+@fault("failing-form", "vad.onnx", "y")
 def _a_batch_with_zero_points(root: Path) -> None:
     beside(root, dequantized("MatMul", np.ones((2, 8, 6), np.int8), x=True, zero=True))
 
@@ -620,6 +621,8 @@ def _another_shape(root: Path) -> None:
 def _another_float_type(root: Path) -> None:
     with edit(root / "fp16w/editor.onnx") as proto:
         proto.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+        next(n for n in proto.graph.node if n.op_type == "Reshape").input[0] = "wide_h"
+        proto.graph.node.insert(0, node("Cast", ["h"], "wide_h", to=TensorProto.FLOAT))
 
 
 @fault("opset-differs", "int8/embed_tokens.onnx")

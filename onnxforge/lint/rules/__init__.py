@@ -11,6 +11,7 @@ from onnxforge.lint.rules import (
     graph,
     lists,
     metadata,
+    runtimes,
     tiers,
     versions,
     weights,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "RULES"]
 
-_MODULES = (versions, data, files, graph, weights, forms, tiers, lists, metadata)
+_MODULES = (versions, data, files, graph, weights, runtimes, forms, tiers, lists, metadata)
 
 FAMILIES: Mapping[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in _MODULES}
 """The module of each family."""

@@ -1,8 +1,7 @@
-"""Forms of nodes that onnxruntime loads and then fails on, or is slow with; by experiment."""
+"""Forms of nodes that onnxruntime runs, but slowly; by experiment."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import onnx
@@ -19,120 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["RULES"]
 
 _INT8, _FLOAT = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
-
-
-def integer_zero_point(model: Model, options: Options) -> Iterator[Problem]:
-    """A zero point of MatMulInteger or ConvInteger has a shape that no kernel takes.
-
-    What it does:
-        Finds zero points of ConvInteger weights with more than one element, those of
-        MatMulInteger's left operand with more than one, and one-dimensional ones of a right
-        operand that is a batch.
-
-    Why it is bad:
-        Every onnxruntime, also in browsers, loads the model and fails when it runs.
-
-    Example:
-        A tool gives ConvInteger a zero point for each output channel, all of them 128.
-
-    How to mend:
-        Use one zero point, and put the scales of channels into the Mul behind; for a batch of
-        matrices, shape the zero point [B, 1, N].
-
-    Fix:
-        None.
-    """
-    for node in _nodes(model, "ConvInteger"):
-        if _many(node, 3):
-            yield Problem("its weight has a zero point for each channel", node.where)
-    for node in _nodes(model, "MatMulInteger"):
-        if _many(node, 2):
-            yield Problem("its left operand has several zero points", node.where)
-        zero, rank = node.constant(3), node.graph.rank(node.input(1)) or 0
-        if zero is not None and _many(node, 3) and len(zero.shape) == 1 and rank > 2:
-            text = f"its right operand has {rank} axes, and its zero points one"
-            yield Problem(text, node.where)
-
-
-def conv_integer_weight(model: Model, options: Options) -> Iterator[Problem]:
-    """ConvInteger multiplies int8 weights, which older runtimes have no kernel for.
-
-    What it does:
-        Finds int8 weights of ConvInteger where `min-ort` is below 1.24.
-
-    Why it is bad:
-        onnxruntime below 1.24 (in browsers below 1.25) refuses the model: its kernel takes
-        uint8 only.
-
-    Example:
-        `quantize_dynamic` with `weight_type=QInt8` on a model with convolutions.
-
-    How to mend:
-        Store the weight as uint8 around 128, as the pass `dynamic-int8` does.
-
-    Fix:
-        None.
-    """
-    if _below(options, "1.24"):
-        for node in _nodes(model, "ConvInteger"):
-            if node.dtype(1) == _INT8:
-                text = f"its weight is int8; onnxruntime {options.min_ort} takes uint8 only"
-                yield Problem(text, node.where)
-
-
-def conv_integer_input(model: Model, options: Options) -> Iterator[Problem]:
-    """ConvInteger has a zero point for its weight and none for its input.
-
-    What it does:
-        Finds such nodes where `min-ort` is below 1.22.
-
-    Why it is bad:
-        onnxruntime 1.17 to 1.21 ends the whole process with a segmentation fault.
-
-    Example:
-        A tool leaves the zero point of the input out, as it is 0.
-
-    How to mend:
-        Write a zero point of 0.
-
-    Fix:
-        None.
-    """
-    if _below(options, "1.22"):
-        for node in _nodes(model, "ConvInteger"):
-            if node.input(3) and not node.input(2):
-                text = f"its input has no zero point: onnxruntime {options.min_ort} crashes"
-                yield Problem(text, node.where)
-
-
-def dequantized_batch(model: Model, options: Options) -> Iterator[Problem]:
-    """MatMul reads a batch of matrices dequantized with scales and zero points.
-
-    What it does:
-        Finds DequantizeLinear of constants of three and more axes, with a zero point and more
-        than one scale, in front of a MatMul whose other operand is quantized too.
-
-    Why it is bad:
-        Every onnxruntime loads the model, fuses the nodes and fails when it runs.
-
-    Example:
-        Static quantization per channel of the experts of a mixture.
-
-    How to mend:
-        Leave the zero point out (int8 has none), or use one scale.
-
-    Fix:
-        None.
-    """
-    for node in _nodes(model, "MatMul"):
-        weight = node.maker(1)
-        if weight is None or weight.op != "DequantizeLinear" or not weight.input(2):
-            continue
-        stored, other = weight.constant(0), node.maker(0)
-        quantized = other is not None and other.op == "DequantizeLinear"
-        if stored is not None and len(stored.shape) > 2 and _many(weight, 1) and quantized:
-            text = f"{stored.where} has {len(stored.shape)} axes, scales and zero points"
-            yield Problem(text, node.where)
 
 
 def slow_integers(model: Model, options: Options) -> Iterator[Problem]:
@@ -284,12 +169,6 @@ def _nodes(model: Model, op: str) -> Iterator[Node]:
     return (node for node in model.nodes if node.op == op)
 
 
-def _many(node: Node, index: int) -> bool:
-    """Whether an input is a constant with more than one element."""
-    found = node.constant(index)
-    return found is not None and math.prod(found.shape) > 1
-
-
 def _below(options: Options, version: str) -> bool:
     """Whether a runtime older than this has to load the model."""
     if options.min_ort is None:
@@ -301,10 +180,6 @@ def _below(options: Options, version: str) -> bool:
 
 
 RULES = (
-    Rule("OF452", "integer-zero-point", "error", integer_zero_point),
-    Rule("OF453", "conv-integer-weight", "error", conv_integer_weight),
-    Rule("OF454", "conv-integer-input", "error", conv_integer_input),
-    Rule("OF455", "dequantized-batch", "error", dequantized_batch),
     Rule("OF456", "slow-integers", "warning", slow_integers),
     Rule("OF457", "gemm-bias", "warning", gemm_bias),
     Rule("OF458", "depthwise-integers", "warning", depthwise_integers),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnxforge.lint.model import Model
     from onnxforge.lint.view import Graph, Node
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "lack"]
 
 _STANDARD = ("", "ai.onnx")
 
@@ -202,7 +202,7 @@ def unknown_operator(model: Model, options: Options) -> Iterator[Problem]:
     for node in model.nodes:
         version, op_type = node.graph.imports.get("", 0), node.proto.op_type
         standard = node.proto.domain in _STANDARD and op_type not in local
-        if standard and 0 < version <= newest and (reason := _lack(op_type, version)):
+        if standard and 0 < version <= newest and (reason := lack(op_type, version)):
             yield Problem(reason, node.where)
 
 
@@ -247,8 +247,8 @@ def _calls(model: Model, owner: Graph) -> set[tuple[str, str]]:
 
 
 @functools.cache
-def _lack(op_type: str, version: int) -> str:
-    """Why an operator is not there, empty if it is."""
+def lack(op_type: str, version: int) -> str:
+    """Why ai.onnx has no operator at a version, empty if it has."""
     if not onnx.defs.has(op_type):
         return f"ai.onnx has no operator {op_type!r}"
     try:
