@@ -150,7 +150,7 @@ def environment(name: str, cache: Path, needs: Sequence[str] = ()) -> Runtime:
 
 def fixture_cases(folder: Path, passes: str, pattern: str) -> Iterator[Case]:
     """Every fixture whose name matches, with its tier."""
-    build = _module(ROOT / "fixtures/build.py")
+    build = module(ROOT / "fixtures/build.py")
     for name, maker in build.FIXTURES.items():
         if not fnmatch.fnmatch(name, pattern):
             continue
@@ -183,7 +183,8 @@ def make_case(name: str, path: Path, inputs: list[Path], passes: str, folder: Pa
     return Case(name, path, tier, tuple(inputs), changed, probe=probe)
 
 
-def _module(path: Path) -> Any:
+def module(path: Path) -> Any:
+    """A module by its path, under its own name."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(path)

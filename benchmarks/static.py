@@ -11,8 +11,7 @@ activations alone and quantizes no output of a product: by itself onnxruntime's 
 
 What a tool cannot read is prepared for it and said below the table: samples of equal length,
 which --equal makes, opset 17 where QDQ has no scale for each channel, and quant_pre_process.
-What
-was built stays in --dir.
+What was built stays in --dir.
 """
 
 from __future__ import annotations
@@ -300,6 +299,19 @@ def report(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(told, indent=1, default=str))
 
 
+def settle(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read a command line, with the options that building and measuring need."""
+    add = parser.add_argument
+    add("--threads", type=int, default=1, help="intra_op_num_threads")
+    add("--timeout", type=float, default=1800, help="seconds to build one")
+    beside = Path(sys.executable).with_name("onnxforge")
+    add("--onnxforge", default=str(beside), help="the command that makes the tiers")
+    add("--cache", type=Path, default=runtimes.ROOT / ".runtimes", help="for environments")
+    options = parser.parse_args()
+    options.base, options.pairwise, options.oldest = PLAIN, False, False
+    return options
+
+
 def main() -> None:
     """Read the command line, and report."""
     parser = argparse.ArgumentParser(
@@ -328,20 +340,14 @@ def main() -> None:
     add("--peers", action="store_true", help="also what other tools make")
     add("--runs", type=int, default=20, help="rounds on the clock")
     add("--timed", type=int, default=1, help="samples in each round, from small to large")
-    add("--threads", type=int, default=1, help="intra_op_num_threads")
-    add("--timeout", type=float, default=1800, help="seconds to build one")
     add("--json", type=Path, help="where to write all that was found")
-    beside = Path(sys.executable).with_name("onnxforge")
-    add("--onnxforge", default=str(beside), help="the command that makes the tiers")
-    add("--cache", type=Path, default=runtimes.ROOT / ".runtimes", help="for environments")
     add("--dir", type=Path, default=Path(tempfile.gettempdir()) / "onnxforge-static")
-    options = parser.parse_args()
+    options = settle(parser)
     for word in ("model", "calibrate", "data", "equal"):
         setattr(options, word, tiers.pairs(parser, getattr(options, word)))
     for word in ("calibrate", "data"):
         if lacking := sorted(options.model.keys() - getattr(options, word).keys()):
             parser.error(f"no --{word} for the model {lacking[0]!r}")
-    options.base, options.pairwise, options.oldest = PLAIN, False, False
     report(options)
 
 
