@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import functools
+import operator
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxforge.folding import fold, scale_weight
+from onnxforge.folding import Place, fold, scale_weight
 from onnxforge.integer import Product
-from onnxforge.numerics.calibration import ActivationStats
+from onnxforge.numerics.calibration import ActivationStats, Part
 from onnxforge.numerics.channels import Channels, absmax
 from onnxforge.numerics.smoothing import (
     ALPHAS,
+    LEANS,
     ActivationGrid,
     Trial,
     activation_grid,
     factors,
+    to_power_of_two,
     trial,
 )
 from onnxforge.products import Reason
@@ -27,7 +32,8 @@ from onnxforge.weights import Weight
 __all__ = ["Group", "Rules", "Smoothed", "group_of", "is_finite"]
 
 
-_TOLERANCE = 2.0  # of the least noise, 3 dB: what a lower strength may cost
+_WORTH = 1.25  # 1 dB: one side is the less robust choice, a short side is soon exceeded
+_COLUMNS = 512  # of a weight, in trials: enough to tell a choice from another
 
 
 @dataclass(frozen=True)
@@ -99,39 +105,29 @@ class Group:
         return list(dict.fromkeys(product.operand.weight for product in self.products))
 
     def smoothed(self, rules: Rules) -> Smoothed:
-        """Choose factors and a grid."""
-        largest = np.maximum(-self.stats.low, self.stats.high).astype(np.float64)
-        largest = np.maximum(largest, 0)
-        weight = np.zeros(len(largest))
-        for product in self.products:
-            weight = np.maximum(weight, _input_absmax(product))
-        rows = self.stats.rows.astype(np.float64)
-        matrices = [_matrix(product) for product in self.products]
-        ones = np.ones(len(largest), np.float32)
-        before = trial(rows, matrices, ones, self._grid(ones, rules))
-        fixed = 0.5 if rules.alpha is None else rules.alpha
-        tried: list[tuple[float, np.ndarray, ActivationGrid, Trial]] = []
-        for alpha in ALPHAS if rules.alpha is None and rows.size else (fixed,):
-            found = factors(largest, weight, alpha, pow2=rules.pow2)
-            grid = self._grid(found, rules)
-            tried.append((alpha, found, grid, trial(rows, matrices, found, grid)))
-        # The more goes into the weights, the more a value beyond the ranges seen is clipped.
-        enough = _TOLERANCE * min(after.noise for *_, after in tried)
-        alpha, found, grid, after = next(one for one in tried if one[3].noise <= enough)
-        scaled, half = rows / found, float(grid.scale) / 2  # less far beyond is rounding
+        """Choose factors and a grid.
+
+        What a choice costs is tried on rows kept, with the ranges that other samples have:
+        with their own, a strength of nearly 1 would always look best.
+        """
+        weight = np.max([_input_absmax(product) for product in self.products], axis=0)
+        matrices = [_columns(product) for product in self.products]
+        parts = self.stats.parts()
+
+        def tried(choice: _Choice | None) -> Trial:
+            trials = [
+                trial(p.rows.astype(np.float64), matrices, *_scaled(p, weight, choice, rules))
+                for p in parts
+            ]
+            return functools.reduce(operator.add, trials)
+
+        choice = _best(lambda choice: tried(choice).loss, rules)
+        whole = self.stats.whole
+        found, grid = _scaled(whole, weight, choice, rules)
+        scaled, half = whole.rows / found, float(grid.scale) / 2  # less far beyond is rounding
         clipped = (scaled < grid.low - half) | (scaled > grid.high + half)
         share = float(clipped.mean()) if clipped.size else 0.0
-        return Smoothed(alpha, found, grid, share, before, after)
-
-    def _grid(self, found: np.ndarray, rules: Rules) -> ActivationGrid:
-        """The grid of the activation divided by factors."""
-        low = float((self.stats.low / found).min(initial=0))
-        high = float((self.stats.high / found).max(initial=0))
-        if rules.percentile < 100 and self.stats.rows.size:
-            tail = (100 - rules.percentile) / 2
-            first, last = np.percentile(self.stats.rows / found, [tail, 100 - tail])
-            low, high = max(low, min(0.0, float(first))), min(high, max(0.0, float(last)))
-        return activation_grid(low, high, signed=rules.signed)
+        return Smoothed(choice.alpha, found, grid, share, tried(None), tried(choice))
 
     def smooth(
         self, found: np.ndarray, surgery: Surgery, *, folds: bool, frozen: Set[Weight]
@@ -149,13 +145,20 @@ class Group:
         """
         weights = surgery.weights
         for weight, channels in {p.operand.weight: _inputs(p) for p in self.products}.items():
+            assert channels is not None, "the products are plain"
             scale_weight(weight, channels, found)
         uses = {(p.node, 0) for p in self.products}
-        place = fold(self.activation, uses, len(found), weights) if folds else None
-        if place is not None and frozen.isdisjoint(place.weights(weights)):
+        behind = max(0, len(self.products[0].operand.shape) - 2)  # axes of a Conv's input
+        at = Place(-1 - behind, len(found), len(found))
+        place = fold(self.activation, uses, at, weights) if folds else None
+        if (
+            place is not None
+            and place.suits(found)
+            and frozen.isdisjoint(place.weights(weights))
+        ):
             place.apply(found, surgery)
             return self.activation, ", ".join(place.where)
-        inverse = (1 / found.astype(np.float64)).astype(np.float32)
+        inverse = (1 / found.astype(np.float64)).astype(np.float32).reshape(-1, *[1] * behind)
         name = f"{self.activation.name}_factors"
         constant = surgery.initializer(weights.model.graph, name, inverse)
         output = weights.unique(f"{self.activation.name}_smoothed")
@@ -165,6 +168,43 @@ class Group:
         for product in self.products:
             product.node.replace_input_with(0, node.outputs[0])
         return node.outputs[0], node.name or "Mul"
+
+
+class _Choice(NamedTuple):
+    alpha: float
+    lean: float | None = None
+
+
+def _best(loss: Callable[[_Choice], float], rules: Rules) -> _Choice:
+    """The choice that loses least: a strength; channels as they are, or turned to one side."""
+    alphas = ALPHAS if rules.alpha is None else (rules.alpha,)
+    best = min([_Choice(alpha) for alpha in alphas], key=loss)
+    if rules.signed:
+        return best
+    turned = min([_Choice(alpha, LEANS[0]) for alpha in alphas], key=loss)
+    stronger = [a for a in alphas if 0 <= a - turned.alpha < 0.15]
+    leaning = [_Choice(alpha, lean) for lean in LEANS[1:] for alpha in stronger]
+    turned = min([turned, *leaning], key=loss)
+    return turned if loss(turned) * _WORTH < loss(best) else best
+
+
+def _scaled(
+    part: Part, weight: np.ndarray, choice: _Choice | None, rules: Rules
+) -> tuple[np.ndarray, ActivationGrid]:
+    """Factors by the ranges of a part, and the grid of what is divided by them."""
+    low, high = part.low.astype(np.float64), part.high.astype(np.float64)
+    found = np.ones(len(low), np.float32)
+    if choice is not None:
+        found = factors(low, high, weight, choice.alpha, choice.lean)
+        found = to_power_of_two(found) if rules.pow2 else found
+    ends = np.stack([low / found, high / found])
+    ends = ends[:, np.isfinite(ends).all(axis=0)]
+    least, most = float(ends.min(initial=0)), float(ends.max(initial=0))
+    if rules.percentile < 100 and part.others.size:
+        tail = (100 - rules.percentile) / 2
+        first, last = np.percentile(part.others / found, [tail, 100 - tail])
+        least, most = max(least, min(0.0, float(first))), min(most, max(0.0, float(last)))
+    return found, activation_grid(least, most, signed=rules.signed)
 
 
 def is_finite(product: Product) -> bool:
@@ -182,34 +222,45 @@ def group_of(products: Sequence[Product], stats: ActivationStats) -> Group | Rea
     good = tuple(product for product in products if _is_plain(product))
     if not good:
         return Reason("OF251", "is no activation x matrix")
-    width = good[0].operand.shape[good[0].shared[0]]
-    if stats.channel_axis != -1 or len(stats.low) != width:
+    kinds = {product.node.op_type == "Conv" for product in good}
+    axis = 1 if True in kinds else -1
+    width = good[0].operand.shape[_input_axis(good[0])]
+    if len(kinds) > 1 or stats.channel_axis != axis or stats.channels != width:
         return Reason("OF252", "has statistics of other channels")
     return Group(good, stats)
 
 
 def _is_plain(product: Product) -> bool:
-    """Whether a product sums over the last axis of its activation and one stored axis."""
+    """Whether a product sums over one axis of its activation that no other moves."""
     node, operand = product.node, product.operand
-    turned = node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1
-    plain = not product.is_left and not turned and operand.scale is None
-    return plain and len(operand.shape) == 2 and len(product.channels.shared) == 1
+    if node.op_type == "Conv":
+        plain = node.attributes.get_int("group", 1) == 1
+    else:
+        turned = node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1
+        plain = not product.is_left and not turned and len(operand.shape) == 2
+    return plain and operand.scale is None and _inputs(product) is not None
 
 
-def _inputs(product: Product) -> Channels:
+def _input_axis(product: Product) -> int:
+    """The axis of the operand that the channels of the activation are multiplied with."""
+    return 1 if product.node.op_type == "Conv" else product.shared[0]
+
+
+def _inputs(product: Product) -> Channels | None:
     """The stored weight by input channel: what it shares is all but what is summed."""
-    channels = product.channels
-    shared = tuple(i for i in range(len(channels.shape)) if i not in channels.shared)
-    return Channels(channels.shape, shared)
+    axes = range(len(product.operand.shape))
+    return product.operand.channels(set(axes) - {_input_axis(product)})
 
 
 def _input_absmax(product: Product) -> np.ndarray:
-    found = absmax(product.operand.weight.tensor, _inputs(product))
+    channels = _inputs(product)
+    assert channels is not None, "the product is plain"
+    found = absmax(product.operand.weight.tensor, channels)
     return found.reshape(-1).astype(np.float64)
 
 
-def _matrix(product: Product) -> np.ndarray:
-    """A weight in memory, channels by outputs, float64."""
-    found = product.operand.array().astype(np.float64)
-    turned = product.node.attributes.get_int("transB", 0) == 1
-    return found.T if product.node.op_type == "Gemm" and turned else found
+def _columns(product: Product) -> np.ndarray:
+    """A weight, channels by outputs, float64; evenly some of the outputs if there are many."""
+    found = np.moveaxis(product.operand.array(), _input_axis(product), 0)
+    found = found.reshape(len(found), -1)
+    return found[:, :: max(1, -(-found.shape[1] // _COLUMNS))].astype(np.float64)

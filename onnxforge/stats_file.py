@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxforge import laws
 from onnxforge.errors import DataError, OnnxforgeError, Refused
-from onnxforge.numerics.calibration import ActivationStats, Statistics
+from onnxforge.numerics.calibration import PARTS, ActivationStats, Statistics
 from onnxforge.numerics.histogram import BINS, Histogram, exponent_for
 
 __all__ = ["Known", "read_statistics", "write_statistics"]
@@ -22,8 +22,8 @@ __all__ = ["Known", "read_statistics", "write_statistics"]
 _DAMAGE = (KeyError, TypeError, ValueError, RecursionError)
 _FORMAT = "onnxforge statistics 1"
 _ARRAYS = {
-    "low": np.float32,
-    "high": np.float32,
+    "lows": np.float32,
+    "highs": np.float32,
     "counts": np.int64,
     "keys": np.uint64,
     "rows": np.float32,
@@ -73,7 +73,7 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
     arrays: dict[str, np.ndarray] = {"samples": _keys(sorted(statistics.samples))}
     told = []
     for i, (name, stats) in enumerate(sorted(statistics.activations.items())):
-        values = [stats.low, stats.high, stats.histogram.counts, stats.keys, stats.rows]
+        values = [stats.lows, stats.highs, stats.histogram.counts, stats.keys, stats.rows]
         for word, array in zip(_ARRAYS, values, strict=True):
             arrays[f"{i:05}.{word}"] = np.ascontiguousarray(array)
         told.append(
@@ -129,13 +129,13 @@ def read_statistics(path: Path) -> Statistics:
 
 
 def _read(file: Any, number: int, told: dict[str, Any]) -> ActivationStats:
-    low, high, counts, keys, rows = (
+    lows, highs, counts, keys, rows = (
         _array(file, f"{number:05}.{word}", dtype) for word, dtype in _ARRAYS.items()
     )
     found = ActivationStats(
         _number(told, "channel_axis"),
-        low,
-        high,
+        lows,
+        highs,
         _number(told, "count"),
         Histogram(_number(told, "exponent"), counts),
         keys,
@@ -162,17 +162,18 @@ def _number(told: dict[str, Any], word: str) -> int:
 
 def _is_sound(stats: ActivationStats) -> bool:
     """Whether all parts are of one activation."""
-    low, high, counts, keys = stats.low, stats.high, stats.histogram.counts, stats.keys
-    shapes = [low.shape, high.shape, counts.shape, keys.shape, stats.rows.shape]
-    kept, channels = min(stats.count, stats.limit), low.size
-    if shapes != [(channels,), (channels,), (2 * BINS,), (kept,), (kept, channels)]:
+    lows, highs, counts, keys = stats.lows, stats.highs, stats.histogram.counts, stats.keys
+    kept, channels = min(stats.count, stats.limit), lows.shape[-1] if lows.ndim else 0
+    shapes = [lows.shape, highs.shape, counts.shape, keys.shape, stats.rows.shape]
+    parts = (PARTS, channels)
+    if shapes != [parts, parts, (2 * BINS,), (kept,), (kept, channels)]:
         return False
-    if stats.count:
-        whole = (low <= high) & np.isfinite(low) & np.isfinite(high)
-    else:
-        whole = np.isposinf(low) & np.isneginf(high)
+    finite = (lows <= highs) & np.isfinite(lows) & np.isfinite(highs)
+    empty = np.isposinf(lows) & np.isneginf(highs)
+    whole = finite.all(axis=1) | empty.all(axis=1)
     return bool(
         whole.all()
+        and bool(stats.count) == bool(finite.any())
         and stats.histogram.exponent == exponent_for(max(map(abs, stats.range("minmax"))))
         and (counts >= 0).all()
         and stats.histogram.total == stats.count * channels

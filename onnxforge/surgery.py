@@ -22,6 +22,7 @@ class Surgery:
         """Edit the model of these weights."""
         self.weights = weights
         self._companions: dict[ir.Graph, dict[str, list[ir.Value]]] = {}
+        self._retired: list[ir.Value] = []
         self._last: dict[ir.Node, ir.Node] = {}
 
     def constant(self, beside: Weight, name: str, content: np.ndarray) -> ir.Value:
@@ -106,6 +107,10 @@ class Surgery:
             elif not self.weights.is_output(value):
                 weight.scope.graph.initializers.pop(value.name or "", None)
 
+    def retire(self, constant: ir.Value) -> None:
+        """Remove a constant in the end, if nobody reads it then."""
+        self._retired.append(constant)
+
     def settle(self) -> None:
         """Give initializers their order: companions stand behind their weight.
 
@@ -120,6 +125,7 @@ class Surgery:
                 data[value.name or ""] = value
                 for companion in companions.get(value.name or "", ()):
                     data[companion.name or ""] = companion
+        self.drop_unread(self._retired)
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -33,10 +34,12 @@ class SmoothQuantFoldPass(Pass):
 
     Each channel of an activation is divided by a factor and the weights behind it are
     multiplied with it, so that one scale for the whole activation suits all of its channels.
-    The division is folded into what makes the activation, if nobody else reads that: a
-    LayerNormalization, Mul, Div, Add or Sub with a constant, or the MatMul or Gemm before;
-    else a Mul is inserted. Ranges are those that `onnxforge calibrate` found, fixed when the
-    model runs; weights are symmetric int8 with a scale for each output channel.
+    Channels that go further down than up get a negative one: all on one side of the zero
+    point need one bit less. The division is folded into what makes the activation, if nobody
+    else reads that: a norm, Mul, Div, Add or Sub with a constant, or the MatMul, Gemm or Conv
+    before, also through Transpose, Reshape and Split; else a Mul is inserted. Ranges are those
+    that `onnxforge calibrate` found, fixed when the model runs; weights are symmetric int8
+    with a scale for each output channel.
 
     Left in float32, and reported: products of two activations, products in bodies and
     functions, where calibration does not see, and weights that others read as well.
@@ -44,17 +47,18 @@ class SmoothQuantFoldPass(Pass):
     Attributes:
         stats: File of statistics, from `onnxforge calibrate` of this very model.
         alpha: Strength, 0 to 1: how much of the range goes into the weights; ``auto`` takes
-            for each activation the lowest one whose products are within 3 dB of the best, on
-            the rows kept: a higher one clips more of what calibration did not see.
+            for each activation the one whose products lose least on rows kept, each with the
+            ranges that other samples have.
         percentile: How many percent of the values kept, of an activation after smoothing, are
             not clipped; 100 clips none that was seen.
-        op_types: Operators to rewrite.
+        op_types: Operators to rewrite; Conv needs ``onnxforge calibrate --op-type Conv``.
         format: ``qdq`` puts products between QuantizeLinear and DequantizeLinear, which
             runtimes fuse; ``integer`` writes MatMulInteger, for opsets before 13 as well.
         activations: ``int8`` is symmetric; of those that several products read, onnxruntime
             fuses ``uint8`` only.
         exclude: Globs on names of weights and of nodes that read them; those are left alone.
-        keep_worst: Share of the activations whose products lose most to leave in float32.
+        keep_worst: What to leave in float32 of the activations whose products lose most: a
+            share of them, or float32 bytes of their weights, ``20MB``.
         fold: Fold divisions; false inserts a Mul for each.
         quantize: False only smooths: the model computes what it did before.
         scales: ``pow2`` divides by powers of two, which loses no bit.
@@ -84,11 +88,11 @@ class SmoothQuantFoldPass(Pass):
     stats: str
     alpha: str = "0.5"
     percentile: float = 100.0
-    op_types: tuple[Literal["MatMul", "Gemm"], ...] = ("MatMul", "Gemm")
+    op_types: tuple[Literal["MatMul", "Gemm", "Conv"], ...] = ("MatMul", "Gemm")
     format: Literal["qdq", "integer"] = "qdq"
     activations: Literal["uint8", "int8"] = "uint8"
     exclude: tuple[str, ...] = ()
-    keep_worst: float = 0.0
+    keep_worst: str = "0"
     fold: bool = True
     quantize: bool = True
     scales: Literal["real", "pow2"] = "real"
@@ -126,12 +130,14 @@ class SmoothQuantFoldPass(Pass):
         """Refuse options without sense, and opsets without the operators."""
         if self.alpha != "auto" and not _is_share(self.alpha):
             raise Refused(f"alpha: wanted a number from 0 to 1 or auto, not {self.alpha!r}")
-        if not 0 <= self.keep_worst <= 1:
-            raise Refused(f"keep_worst: wanted 0 to 1, not {self.keep_worst:g}")
+        if not (_is_share(self.keep_worst) or _is_size(self.keep_worst)):
+            raise Refused(f"keep_worst: wanted 0 to 1 or 20MB, not {self.keep_worst!r}")
         if not 0 < self.percentile <= 100:
             raise Refused(f"percentile: wanted more than 0, to 100, not {self.percentile:g}")
         needed, operator = _OPSETS[self.format]
         version = Scope(model.graph, "").opset_imports.get("", 0)
+        if self.format == "integer" and self.activations == "int8" and "Conv" in self.op_types:
+            raise Refused("op_types: Conv with format=integer takes activations=uint8")
         if self.quantize and 0 < version < needed:
             raise Refused(
                 f"opset {version}: {operator} needs opset {needed}; format=integer needs 10,"
@@ -191,8 +197,7 @@ class SmoothQuantFoldPass(Pass):
         signed = self.activations == "int8"
         rules = Rules(alpha, self.scales == "pow2", self.percentile, signed)
         found = {group: group.smoothed(rules) for group in groups}
-        ranked = sorted(groups, key=lambda group: found[group].after.sqnr_db)
-        worst = set(ranked[: int(self.keep_worst * len(ranked))])
+        worst = self._worst(found)
         tensors = {w: w.tensor for group in groups for w in group.weights}
         for group in reversed(groups):
             if group in worst:
@@ -202,6 +207,15 @@ class SmoothQuantFoldPass(Pass):
             if any(w.tensor is not tensors[w] for w in group.weights):
                 found[group] = group.smoothed(rules)
             yield self._rewritten(group, found[group], rewriter, fates, frozen)
+
+    def _worst(self, found: Mapping[Group, Smoothed]) -> set[Group]:
+        """The activations that lose most, as many as are to stay."""
+        ranked = sorted(found, key=lambda group: -found[group].after.loss)
+        if _is_share(self.keep_worst):
+            return set(ranked[: int(float(self.keep_worst) * len(ranked))])
+        sums = accumulate(sum(w.nbytes for w in group.weights) for group in ranked)
+        most = ByteSize(self.keep_worst)
+        return {group for group, total in zip(ranked, sums, strict=True) if total <= most}
 
     def _rewritten(
         self,
@@ -226,7 +240,8 @@ class SmoothQuantFoldPass(Pass):
                     grid = choose(weight.tensor, product.channels)
                     assert grid is not None, "the weight is finite"
                     scales[weight] = grid.scales
-                    rewriter.store(weight, grid, "int8")
+                    is_unsigned = self.format == "integer" and product.needs_uint8
+                    rewriter.store(weight, grid, "uint8" if is_unsigned else "int8")
                 rewriter.rewrite(product, scales[weight])
         return Finding("OF254", name, f"{smoothed}, divided at {place}")
 
@@ -234,6 +249,14 @@ class SmoothQuantFoldPass(Pass):
 def _is_share(text: str) -> bool:
     try:
         return 0 <= float(text) <= 1
+    except ValueError:
+        return False
+
+
+def _is_size(text: str) -> bool:
+    """Whether a text is a size with a unit: a bare number could be one of activations."""
+    try:
+        return not text[-1:].isdecimal() and ByteSize(text) >= 0
     except ValueError:
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +13,33 @@ import numpy.typing as npt
 from onnxforge.errors import DataError
 from onnxforge.numerics.histogram import Histogram, RangeMethod
 
-__all__ = ["ROWS", "ActivationStats", "Statistics", "sample_key"]
+__all__ = ["PARTS", "ROWS", "ActivationStats", "Part", "Statistics", "sample_key"]
 
 ROWS: Final = 256
 """Rows of an activation that are kept."""
 
+PARTS: Final = 4
+"""Parts that samples are divided into, by their keys, to tell what ranges hold for others."""
+
 _ZERO: Final = np.float32(0)
 _Floats = npt.NDArray[np.float32]
 _Keys = npt.NDArray[np.uint64]
+
+
+class Part(NamedTuple):
+    """Rows of some samples, and what is known of all others.
+
+    Attributes:
+        low: Least value of each channel in the others.
+        high: Largest value of each channel in the others.
+        others: Rows kept of the others, rows by channels.
+        rows: Rows kept of the samples of this part.
+    """
+
+    low: _Floats
+    high: _Floats
+    others: _Floats
+    rows: _Floats
 
 
 @dataclass
@@ -31,8 +50,9 @@ class ActivationStats:
 
     Attributes:
         channel_axis: The axis of the activation that a product sums over.
-        low: Least value of each channel, float32; +infinity where there was none.
-        high: Largest value of each channel; -infinity where there was none.
+        lows: Least value of each channel in each part of the samples, float32 of parts by
+            channels; +infinity where there was none.
+        highs: Largest value of each channel in each part; -infinity where there was none.
         count: Number of rows seen: all of the activation but for its channels.
         histogram: Of all values.
         keys: Of the rows that are kept, uint64, ascending.
@@ -42,8 +62,8 @@ class ActivationStats:
     """
 
     channel_axis: int
-    low: _Floats
-    high: _Floats
+    lows: _Floats
+    highs: _Floats
     count: int = 0
     histogram: Histogram = field(default_factory=Histogram)
     keys: _Keys = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -59,9 +79,53 @@ class ActivationStats:
             channels: How many there are.
             limit: Most rows to keep.
         """
-        low = np.full(channels, np.inf, np.float32)
+        lows = np.full((PARTS, channels), np.inf, np.float32)
         rows = np.empty((0, channels), np.float32)
-        return cls(channel_axis, low, -low, rows=rows, limit=limit)
+        return cls(channel_axis, lows, -lows, rows=rows, limit=limit)
+
+    @property
+    def low(self) -> _Floats:
+        """Least value of each channel, float32; +infinity where there was none."""
+        found: _Floats = self.lows.min(axis=0)
+        return found
+
+    @property
+    def high(self) -> _Floats:
+        """Largest value of each channel, float32; -infinity where there was none."""
+        found: _Floats = self.highs.max(axis=0)
+        return found
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are."""
+        return int(self.lows.shape[1])
+
+    @property
+    def whole(self) -> Part:
+        """All rows kept, with the ranges of all samples."""
+        return Part(self.low, self.high, self.rows, self.rows)
+
+    def parts(self) -> list[Part]:
+        """Rows kept, each with the ranges that samples of other parts have.
+
+        What a choice costs on samples that it was not made for shows only there: ranges that
+        fit all samples seen have no place for a channel that goes further. Where the samples
+        are of one part, that is all with its own ranges.
+        """
+        seen = np.isfinite(self.lows).all(axis=1)
+        if seen.sum() < 2:
+            return [self.whole]
+        mine = self.keys % np.uint64(PARTS)
+        return [
+            Part(
+                np.delete(self.lows, part, axis=0).min(axis=0),
+                np.delete(self.highs, part, axis=0).max(axis=0),
+                self.rows[mine != part],
+                self.rows[mine == part],
+            )
+            for part in range(PARTS)
+            if (mine == part).any()
+        ]
 
     def add(self, values: _Floats, key: int) -> None:
         """Take in one value of the activation.
@@ -74,17 +138,18 @@ class ActivationStats:
             DataError: A value is NaN or infinite, or there are other channels than before.
         """
         rows = np.moveaxis(np.asarray(values, np.float32), self.channel_axis, -1)
-        if rows.shape[-1] != len(self.low):
-            raise DataError(f"has {rows.shape[-1]} channels, not {len(self.low)}")
-        rows = rows.reshape(-1, len(self.low))
+        if rows.shape[-1] != self.channels:
+            raise DataError(f"has {rows.shape[-1]} channels, not {self.channels}")
+        rows = rows.reshape(-1, self.channels)
         if not rows.size:
             return
         # Of the two zeros, the one that comes first would win: -0 + 0 is 0.
         low, high = rows.min(axis=0) + _ZERO, rows.max(axis=0) + _ZERO
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise DataError("holds NaN or infinity")
-        np.minimum(self.low, low, out=self.low)
-        np.maximum(self.high, high, out=self.high)
+        part = key % PARTS
+        np.minimum(self.lows[part], low, out=self.lows[part])
+        np.maximum(self.highs[part], high, out=self.highs[part])
         self.histogram.add(rows)
         self.count += len(rows)
         keys = _row_keys(key, len(rows))
@@ -98,8 +163,8 @@ class ActivationStats:
             DataError: The two are not of one activation, or keep another number of rows.
         """
         self.check(other)
-        np.minimum(self.low, other.low, out=self.low)
-        np.maximum(self.high, other.high, out=self.high)
+        np.minimum(self.lows, other.lows, out=self.lows)
+        np.maximum(self.highs, other.highs, out=self.highs)
         self.histogram.merge(other.histogram)
         self.count += other.count
         self._keep(other.keys, other.rows)
@@ -110,7 +175,7 @@ class ActivationStats:
         Raises:
             DataError: As `merge` does.
         """
-        if (self.channel_axis, len(self.low)) != (other.channel_axis, len(other.low)):
+        if (self.channel_axis, self.channels) != (other.channel_axis, other.channels):
             raise DataError("has other channels")
         if self.limit != other.limit:
             raise DataError(f"keeps {other.limit} rows, not {self.limit}")
@@ -205,7 +270,7 @@ def sample_key(feeds: Mapping[str, np.ndarray]) -> int:
 
 
 def _row_keys(key: int, count: int) -> _Keys:
-    """A hash of the sample and the number of each row.
+    """A hash of the sample and the number of each row, which ends in the part of the sample.
 
     The finalizer of SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number
     Generators, OOPSLA 2014) on a Weyl sequence that starts at the sample's key.
@@ -216,4 +281,5 @@ def _row_keys(key: int, count: int) -> _Keys:
         )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = z ^ (z >> np.uint64(31))
+    return z - z % np.uint64(PARTS) + np.uint64(key % PARTS)

@@ -13,10 +13,22 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ALPHAS", "ActivationGrid", "Trial", "activation_grid", "factors", "trial"]
+__all__ = [
+    "ALPHAS",
+    "LEANS",
+    "ActivationGrid",
+    "Trial",
+    "activation_grid",
+    "factors",
+    "to_power_of_two",
+    "trial",
+]
 
-ALPHAS: Final = tuple(i / 20 for i in range(21))
+ALPHAS: Final = tuple(i / 10 for i in range(11))
 """The strengths that ``auto`` tries."""
+
+LEANS: Final = (1.0, 0.5, 0.25, 0.125)
+"""The leans that ``auto`` tries, see `factors`."""
 
 _LARGEST: Final = 2.0**60  # of a factor, and its inverse: products with it stay finite
 _SMALLEST: Final = 2.0**-126
@@ -24,29 +36,38 @@ _Floats = npt.NDArray[np.float64]
 
 
 def factors(
-    activation: _Floats, weight: _Floats, alpha: float, *, pow2: bool = False
+    low: _Floats, high: _Floats, weight: _Floats, alpha: float, lean: float | None = None
 ) -> npt.NDArray[np.float32]:
     """What each channel of an activation is divided by, and its weights multiplied with.
 
     ``s_j = max|X_j| ** alpha / max|W_j| ** (1 - alpha)``, equation 4 of the paper, in float64.
 
+    Unsigned integers have a zero point, so values need not lie around zero. With a lean, a
+    channel that goes further down than up gets a negative factor. Where most channels have one
+    long side, all of these are up then, and hardly any integers are spent on the other side.
+    Channels that have two long sides are in the way of that: their short side counts for
+    ``1 / lean`` of its length.
+
     Args:
-        activation: Largest magnitude of each channel of the activation.
+        low: Least value of each channel of the activation.
+        high: Largest value of each channel.
         weight: Largest magnitude of the weights that the channel is multiplied with.
         alpha: Strength, 0 to 1.
-        pow2: Round to powers of two, so that dividing and multiplying lose nothing.
+        lean: How long the short sides of channels may be, of the long ones, up to 1; none
+            leaves all sides where they are.
 
     Returns:
-        Positive and finite; 1 for a channel that is zero on either side.
+        Finite and not zero; 1 for a channel that is zero on either side.
     """
-    dead = (activation == 0) | (weight == 0)
-    ones = np.ones_like(activation)
-    x, w = np.where(dead, ones, activation), np.where(dead, ones, weight)
-    found = np.where(dead, ones, np.power(x, alpha) / np.power(w, 1 - alpha))
-    found = np.clip(found, 1 / _LARGEST, _LARGEST)
-    if pow2:
-        found = np.exp2(np.rint(np.log2(found)))
-    return found.astype(np.float32)
+    down, up = np.maximum(-low, 0), np.maximum(high, 0)
+    most = np.maximum(down, up)
+    if lean is not None:
+        most = np.maximum(most, np.minimum(down, up) / lean)
+    dead = ~((most > 0) & np.isfinite(most) & (weight > 0))
+    x, w = np.where(dead, 1.0, most), np.where(dead, 1.0, weight)
+    found = np.clip(np.power(x, alpha) / np.power(w, 1 - alpha), 1 / _LARGEST, _LARGEST)
+    turned = ~dead & (down > up) & (lean is not None)
+    return np.where(dead, 1.0, np.where(turned, -found, found)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -104,19 +125,28 @@ class Trial:
     """What quantizing the products of an activation costs on some of its rows.
 
     Attributes:
-        signal: Sum of the squares of the exact outputs.
+        signal: Sum of the squares of the exact outputs, for each product.
         noise: Sum of the squares of their errors.
     """
 
-    signal: float
-    noise: float
+    signal: _Floats
+    noise: _Floats
+
+    def __add__(self, other: Trial) -> Trial:
+        """The trial on the rows of both."""
+        return Trial(self.signal + other.signal, self.noise + other.noise)
+
+    @property
+    def loss(self) -> float:
+        """Noise to signal, the mean of all products."""
+        signal = np.where(self.signal > 0, self.signal, np.maximum(self.noise, _SMALLEST))
+        # Sums of products differ in their last bits between processors; choices must not.
+        return float(f"{(self.noise / signal).mean():.6g}")
 
     @property
     def sqnr_db(self) -> float:
         """Signal to noise in dB."""
-        if self.noise == 0:
-            return float("inf")
-        return float(10 * np.log10(self.signal / self.noise)) if self.signal else 0.0
+        return float(-10 * np.log10(self.loss)) if self.loss else float("inf")
 
 
 def trial(
@@ -135,14 +165,17 @@ def trial(
     """
     s = scale.astype(np.float64)
     decoded = grid.decoded(rows / s)
-    signal = noise = 0.0
-    for weight in weights:
+    signal, noise = np.zeros(len(weights)), np.zeros(len(weights))
+    for i, weight in enumerate(weights):
         exact = rows @ weight
         scaled = weight * s[:, None]
         steps = np.abs(scaled).max(axis=0, initial=0) / 127
         steps[steps == 0] = 1
         lost = decoded @ (np.clip(np.rint(scaled / steps), -127, 127) * steps) - exact
-        signal += float(np.square(exact).sum())
-        noise += float(np.square(lost).sum())
-    # Sums of products differ in their last bits between processors; choices must not.
-    return Trial(float(f"{signal:.9g}"), float(f"{noise:.9g}"))
+        signal[i], noise[i] = np.square(exact).sum(), np.square(lost).sum()
+    return Trial(signal, noise)
+
+
+def to_power_of_two(found: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Factors whose products and quotients lose nothing."""
+    return np.copysign(np.exp2(np.rint(np.log2(np.abs(found)))), found)

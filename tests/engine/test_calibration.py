@@ -41,12 +41,12 @@ def counted(values: dict[int, Array], limit: int = 4, axis: int = -1) -> Activat
 
 
 def slow_hash(key: int, row: int) -> int:
-    """SplitMix64 in Python's integers."""
+    """SplitMix64 in Python's integers; the last two bits are those of the sample."""
     mask = 2**64 - 1
     z = (key + (row + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
+    return (z ^ (z >> 31)) // 4 * 4 + key % 4
 
 
 @given(samples, st.integers(0, 2**64 - 9))
@@ -66,6 +66,31 @@ def test_statistics_are_those_of_all_rows(drawn: list[Array], key: int) -> None:
     kept = sorted(rows, key=lambda pair: pair[0])[:4]
     assert found.keys.tolist() == [key for key, _ in kept]
     assert found.rows.tobytes() == b"".join(row.tobytes() for _, row in kept)
+
+
+@given(samples, st.integers(0, 2**64 - 9))
+def test_each_part_has_the_ranges_of_the_others(drawn: list[Array], key: int) -> None:
+    values = {key + i: array.reshape(-1, CHANNELS) for i, array in enumerate(drawn)}
+    values = {key: rows for key, rows in values.items() if len(rows)}
+    found = counted(values)
+    parts = {key % 4 for key in values}
+    told = found.parts()
+    if len(parts) < 2:
+        assert len(told) == 1
+        assert told[0].low.tolist() == found.low.tolist()
+        assert told[0].rows is told[0].others is found.rows
+        return
+    assert sum(len(part.rows) for part in told) == len(found.rows)
+    numbers = sorted({int(key) % 4 for key in found.keys})
+    for number, part in zip(numbers, told, strict=True):
+        others = np.concatenate([rows for key, rows in values.items() if key % 4 != number])
+        assert part.low.tolist() == (others.min(axis=0) + 0).tolist()
+        assert part.high.tolist() == (others.max(axis=0) + 0).tolist()
+        mine = [
+            row for key, row in zip(found.keys, found.rows, strict=True) if key % 4 == number
+        ]
+        assert part.rows.tobytes() == np.array(mine).tobytes()
+        assert len(part.others) == len(found.rows) - len(part.rows)
 
 
 @given(samples, st.data())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import ModelProto, helper, numpy_helper, parser
+from onnx import ModelProto, helper, numpy_helper, parser, shape_inference
 
 from onnxforge import model_io
-from onnxforge.folding import Fold, fold
+from onnxforge.folding import Fold, Place, fold
 from onnxforge.surgery import Surgery
 from onnxforge.weights import Weights
 from support import integers, oracle
@@ -30,6 +32,7 @@ HELD = {
     "scalar": np.array(1.5, np.float32),
     "single": np.array([1.5], np.float32),
     "two": np.array([[1.5]], np.float32),
+    "column": floats(5, 1, seed=7),
     "m": floats(K, C, seed=4),
     "t": floats(C, K, seed=5),
     "w": floats(C, 2, seed=6),
@@ -56,7 +59,7 @@ def found(model: ir.Model) -> tuple[Fold | None, Surgery]:
     weights = Weights(model)
     (value,) = [v for n in model.graph for v in n.outputs if v.name == "v"]
     uses = {(n, i) for n, i in value.uses() if n.op_type in ("MatMul", "Gemm")}
-    return fold(value, uses, C, weights), Surgery(weights)
+    return fold(value, uses, Place(-1, C, C), weights), Surgery(weights)
 
 
 def folded(body: str, factors: np.ndarray) -> tuple[ModelProto, ModelProto, Fold]:
@@ -80,6 +83,7 @@ PLACES = {
         z = Div(x, r) v = Mul(c, z)""",
     "Mul by a scalar": "v = Mul(x, scalar)",
     "Mul by one element": "v = Mul(single, x)",
+    "Mul by one element of two axes": "v = Mul(x, two)",
     "Div": "v = Div(x, c)",
     "Div by a scalar": "v = Div(x, scalar)",
     "Add": "z = Mul(x, c) v = Add(d, z)",
@@ -134,7 +138,118 @@ def test_shared_constants_are_copied_and_not_changed() -> None:
 
 def test_a_scalar_gets_channels_in_a_copy() -> None:
     _, after, _ = folded(PLACES["Mul by a scalar"], POW2)
-    assert integers.initializers(after)["scalar_smoothed"].tolist() == (1.5 / POW2).tolist()
+    held = integers.initializers(after)
+    assert held["scalar_smoothed"].tolist() == (1.5 / POW2).tolist()
+    assert "scalar" not in held
+
+
+# Where channels are moved, or along another axis; v is [n, 6, 4], channels of axis 1 or 2.
+MOVED = {
+    "Transpose": (-1, "z = Mul(t3, c41) v = Transpose<perm=[0, 2, 1]>(z)"),
+    "Reshape behind": (-2, "z = Mul(t4, c411) v = Reshape(z, s04)"),
+    "Reshape before": (-1, "z = Mul(t34, c) v = Reshape(z, s64)"),
+    "Unsqueeze": (-2, "z = Mul(x4, c) v = Unsqueeze(z, minus)"),
+    "Squeeze": (-1, "z = Mul(q4, c) v = Squeeze(z, one)"),
+    "Flatten": (-1, "z = Mul(q4, c) v = Flatten<axis=2>(z)"),
+    "Split, the second part": (-1, "z = Mul(x7, c7) a, v = Split<axis=-1>(z, s34)"),
+    "Conv": (-2, "v = Conv(f, k3, c)"),
+    "Conv in groups": (-2, "v = Conv<group=2>(f, g3)"),
+    "Conv, then Transpose": (-1, "z = Conv(f, k3, c) v = Transpose<perm=[0, 2, 1]>(z)"),
+    "batch norm": (-2, "v = BatchNormalization(t4r, c, d, d, a4)"),
+    "instance norm": (-2, "v = InstanceNormalization(t4r, c, d)"),
+    "MatMul on the left": (-2, "v = MatMul(m41, f)"),
+    "bias along rows": (-2, "z = MatMul(m41, f) v = Add(z, c41)"),
+    "Relu": (-1, "z = Mul(t3, c41) a = Relu(z) v = Transpose<perm=[0, 2, 1]>(a)"),
+}
+FED = {
+    "t3": floats(2, C, 5, seed=20),
+    "t4": floats(2, C, 5, 3, seed=21),
+    "t34": floats(2, 3, 2, C, seed=22),
+    "x4": floats(2, C, seed=23),
+    "q4": floats(2, 1, C, seed=24),
+    "x7": floats(2, 7, seed=25),
+    "f": floats(2, 6, 9, seed=26),
+    "t4r": floats(2, C, 9, seed=27),
+}
+MADE = {
+    "c41": floats(C, 1, seed=30),
+    "c411": floats(C, 1, 1, seed=31),
+    "c7": floats(7, seed=32),
+    "k3": floats(C, 6, 3, seed=33),
+    "g3": floats(C, 3, 3, seed=34),
+    "a4": np.abs(floats(C, seed=35)),
+    "m41": floats(C, 6, seed=36),
+    "s04": np.array([0, 4, -1]),
+    "s64": np.array([-1, 2, 4]),
+    "s34": np.array([3, 4]),
+    "minus": np.array([-1]),
+    "one": np.array([1]),
+}
+
+
+def moved(name: str) -> tuple[ModelProto, Place]:
+    axis, body = MOVED[name]
+    fed = ", ".join(
+        f"float[{','.join(map(str, array.shape))}] {word}"
+        for word, array in FED.items()
+        if re.search(rf"\b{word}\b", body)
+    )
+    text = f"{HEADER} g ({fed}) => (float[?] y) {{ {body} y = Tanh(v) }}"
+    proto = parser.parse_model(text.replace("float[?]", "float"))
+    read = {word for node in proto.graph.node for word in node.input}
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(array, word)
+        for word, array in (HELD | MADE).items()
+        if word in read
+    )
+    return shape_inference.infer_shapes(proto), Place(axis, C, C)
+
+
+@pytest.mark.parametrize("factors", [POW2, REAL, -POW2], ids=["pow2", "real", "negative"])
+@pytest.mark.parametrize("name", MOVED)
+def test_channels_are_followed_where_they_are_moved(name: str, factors: np.ndarray) -> None:
+    before, place = moved(name)
+    model = model_io.from_proto(before)
+    weights = Weights(model)
+    (value,) = [v for n in model.graph for v in n.outputs if v.name == "v"]
+    found = fold(value, set(value.uses()), place, weights)
+    assert found is not None
+    assert found.suits(factors) == (name != "Relu" or factors[0] > 0)
+    if not found.suits(factors):
+        return
+    surgery = Surgery(weights)
+    found.apply(factors, surgery)
+    surgery.settle()
+    after = model_io.to_proto(model)
+    assert [n.op_type for n in after.graph.node] == [n.op_type for n in before.graph.node]
+    inputs = {i.name: FED[i.name] for i in before.graph.input}
+    watched = ["v", "a"] if name.startswith("Split") else ["v"]
+    wanted = integers.values(before, watched, inputs)
+    seen = integers.values(after, watched, inputs)
+    divided = wanted["v"] / factors.reshape(-1, *[1] * (-1 - place.axis))
+    np.testing.assert_allclose(seen["v"], divided, rtol=1e-5, atol=1e-6)
+    if "a" in watched:
+        assert seen["a"].tobytes() == wanted["a"].tobytes()
+
+
+NOT_MOVED = {
+    "heads": (-1, "z = Mul(t34, c) v = Reshape(z, s64b)", np.array([2, -1])),
+    "Split along another axis": (-1, "z = Mul(x4, c) a, v = Split<axis=0>(z, s64b)", [1, 1]),
+    "Transpose to another length": (-1, "z = Mul(t3, c41) v = Identity(z)", []),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MOVED)
+def test_channels_that_are_lost_on_the_way_are_left(name: str) -> None:
+    axis, body, content = NOT_MOVED[name]
+    MOVED["case"], MADE["s64b"] = (axis, body), np.array(content, np.int64)
+    try:
+        before, place = moved("case")
+    finally:
+        del MOVED["case"], MADE["s64b"]
+    model = model_io.from_proto(before)
+    (value,) = [v for n in model.graph for v in n.outputs if v.name == "v"]
+    assert fold(value, set(value.uses()), place, Weights(model)) is None
 
 
 LEFT = {
@@ -172,7 +287,7 @@ LEFT = {
         "float[n,2] y",
     ),
     "a constant that is along rows": (
-        "v = Mul(x, two) y = MatMul(v, w)",
+        "v = Mul(x, column) y = MatMul(v, w)",
         "float[n,2] y",
     ),
 }

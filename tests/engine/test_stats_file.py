@@ -70,7 +70,8 @@ def test_equal_statistics_are_equal_bytes(path: Path) -> None:
 def test_any_tool_that_knows_safetensors_reads_them(path: Path) -> None:
     arrays = safetensors.numpy.load_file(path)
     assert (
-        arrays["00001.low"].tolist() == statistics(1, 2**64 - 1).activations["b"].low.tolist()
+        arrays["00001.lows"].tolist()
+        == statistics(1, 2**64 - 1).activations["b"].lows.tolist()
     )
 
 
@@ -179,7 +180,7 @@ def test_a_header_may_be_no_json_or_too_deep(path: Path) -> None:
             read_statistics(path)
 
 
-@pytest.mark.parametrize("word", ["low", "high", "counts", "keys", "rows"])
+@pytest.mark.parametrize("word", ["lows", "highs", "counts", "keys", "rows"])
 def test_arrays_are_checked(path: Path, word: str) -> None:
     with safetensors.safe_open(path, "np") as file:
         about = file.metadata()

@@ -53,13 +53,16 @@ def of_fixture(name: str) -> Path:
 
 
 def of_model(
-    model: onnx.ModelProto, samples: Iterable[Mapping[str, np.ndarray]], folder: Path
+    model: onnx.ModelProto,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    folder: Path,
+    options: Options | None = None,
 ) -> Path:
     """A file of the statistics of a model on samples, which must be there."""
     source, path = folder / "watched.onnx", folder / "stats.safetensors"
     onnx.save(model, source)
     named = [Sample(f"sample {i}", dict(sample)) for i, sample in enumerate(samples)]
-    write_statistics(calibrate(source, named), path)
+    write_statistics(calibrate(source, named, options), path)
     return path
 
 
