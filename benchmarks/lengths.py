@@ -57,7 +57,7 @@ def measured(home: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     source = build.write(FIXTURE, home)
     options.model, options.equal = {FIXTURE: source}, {FIXTURE: "wrap"}
     options.calibrate = {FIXTURE: write(home / "calibrate", options.frames, "seen")}
-    options.data, options.dir = options.calibrate, home / "built"
+    options.data, options.dir, options.reuse = options.calibrate, home / "built", False
     folder = static.Folder(FIXTURE, options)
     built = [
         folder.build(name) for name in (static.DYNAMIC, "dynamic-int8", *STATIC, *SMOOTHED)
