@@ -112,6 +112,10 @@ class Folder:
     def build(self, text: str) -> tiers.Candidate:
         """Make what a row of the table is about."""
         own = self._home / re.sub(r"[^a-zA-Z0-9.]+", "-", text).strip("-")
+        if self._options.reuse and (own / "model.onnx").exists():
+            made = tiers.Candidate(text.replace(f"stats={STATS} ", ""), own / "model.onnx")
+            made.nbytes = sum(file.stat().st_size for file in own.iterdir())
+            return made
         if text in tiers.PEERS:
             return tiers.build(text, self.source, self._options, own)
         if text in PEERS:
@@ -127,9 +131,6 @@ class Folder:
     def _peer(self, name: str, own: Path) -> tiers.Candidate:
         """Let another tool make a model, by the first way that it takes."""
         made = tiers.Candidate(name, own / "model.onnx")
-        if self._options.reuse and made.path.exists():
-            made.nbytes = sum(file.stat().st_size for file in own.iterdir())
-            return made
         order = {
             **PEERS[name],
             "source": str(self._raised()),
@@ -344,7 +345,7 @@ def main() -> None:
     add("--runs", type=int, default=20, help="rounds on the clock")
     add("--timed", type=int, default=1, help="samples in each round, from small to large")
     add("--json", type=Path, help="where to write all that was found")
-    add("--reuse", action="store_true", help="take what other tools left in --dir before")
+    add("--reuse", action="store_true", help="what is in --dir is not built again")
     add("--dir", type=Path, default=Path(tempfile.gettempdir()) / "onnxforge-static")
     options = settle(parser)
     for word in ("model", "calibrate", "data", "equal"):
