@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -14,16 +15,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, numpy_helper, parser
 
-from onnxforge import PassManager
-from onnxforge.calibrate import Options
+from onnxforge import PassManager, laws, load
+from onnxforge.calibrate import Options, watches
 from onnxforge.core import Fate
-from onnxforge.errors import Refused
+from onnxforge.errors import DataError, Refused
 from onnxforge.manager import PIPELINE_KEY, Report
+from onnxforge.numerics.calibration import ActivationStats, Statistics, sample_key
 from onnxforge.passes.smoothquant import SmoothQuantFoldPass
 from onnxforge.replay import verify
-from support import fixtures, integers, oracle, statistics
+from onnxforge.stats_file import write_statistics
+from support import fixtures, integers, oracle, smoothable, statistics
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
 Arrays = dict[str, np.ndarray]
@@ -853,3 +858,76 @@ def test_a_tier_is_derived_with_its_statistics_and_never_by_a_path(
     onnx.save(hostile, child)
     with pytest.raises(Refused, match="names a file by its path"):
         verify(parent, child, statistics=[stats])
+
+
+# --- any graph -----------------------------------------------------------------------------
+
+EVERY = ("MatMul", "Gemm", "Conv")
+
+
+def counted(case: smoothable.Case, folder: Path) -> Path:
+    """A file of statistics of all inputs but the last; those not finite are left out."""
+    source, path = folder / "drawn.onnx", folder / "drawn.safetensors"
+    onnx.save(case.model, source)
+    loaded = load(source, editable=False)
+    activations: dict[str, ActivationStats] = {}
+    for watch in watches(loaded, EVERY):
+        stats = ActivationStats.empty(watch.channel_axis, watch.channels)
+        with contextlib.suppress(DataError):
+            for feeds in case.inputs[:-1]:
+                seen = integers.values(case.model, [watch.name], feeds)[watch.name]
+                stats.add(seen, sample_key(feeds))
+            activations[watch.name] = stats
+    write_statistics(Statistics(laws.content(loaded), activations), path)
+    return path
+
+
+def one_nan(arrays: Arrays) -> Arrays:
+    return {n: np.where(np.isnan(a), np.float32(np.nan), a) for n, a in arrays.items()}
+
+
+def interface(proto: ModelProto) -> list[bytes]:
+    return [v.SerializeToString() for v in (*proto.graph.input, *proto.graph.output)]
+
+
+@unsaturated
+@settings(
+    max_examples=max(8, settings().max_examples // 3),
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    smoothable.cases(),
+    st.sampled_from(FORMS[:3]),
+    st.sampled_from(["0.5", "auto"]),
+    st.booleans(),
+)
+def test_any_graph_stays_the_same_and_multiplies_integers(
+    case: smoothable.Case, form: tuple[str, str], alpha: str, fold: bool
+) -> None:
+    before, inputs = case.model, case.inputs[-1]
+    try:
+        wanted = oracle.run(before, inputs, optimized=False)
+    except Exception:
+        assume(False)
+    options: dict[str, Any] = {"op_types": EVERY, "alpha": alpha, "fold": fold}
+    options["activations"] = form[1]
+    with tempfile.TemporaryDirectory() as folder:
+        stats = counted(case, Path(folder))
+        exact, _ = smoothed(before, stats, quantize=False, scales="pow2", **options)
+        near, _ = smoothed(before, stats, quantize=False, **options)
+        version = before.opset_import[0].version
+        form_there = form[0] if version >= 13 else "integer"
+        if form_there == "integer" and form[1] == "int8":
+            return
+        tier, _ = smoothed(before, stats, format=form_there, **options)
+    assert interface(exact) == interface(near) == interface(tier) == interface(before)
+    seen = oracle.run(exact, inputs, optimized=False)
+    oracle.assert_bit_equal(one_nan(seen), one_nan(wanted))
+    for name, found in oracle.run(near, inputs, optimized=False).items():
+        finite = np.isfinite(wanted[name])
+        bound = 1e-5 * np.abs(wanted[name][finite]).max(initial=0)
+        np.testing.assert_allclose(found, wanted[name], rtol=0, atol=bound)
+    for optimized in (False, True):
+        for name, found in oracle.run(tier, inputs, optimized=optimized).items():
+            assert found.shape == wanted[name].shape
+        assert_products(before, near, tier, inputs, optimized=optimized)
