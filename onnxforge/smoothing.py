@@ -231,6 +231,8 @@ def group_of(products: Sequence[Product], stats: ActivationStats) -> Group | Rea
         products: Those that read it.
         stats: What is known of it.
     """
+    if not stats.count:
+        return Reason("OF250", "was empty in every sample")
     good = tuple(product for product in products if _is_plain(product))
     if not good:
         return Reason("OF251", "is no activation x matrix")

@@ -173,7 +173,8 @@ class SmoothQuantFoldPass(Pass):
             stats = known.statistics.activations.get(activation.name) if is_main else None
             made: Group | Reason = Reason("OF250", "is not in statistics")
             if stats is not None:
-                made = group_of(mine, stats)
+                outside = [p for p in mine if p.node.graph is model.graph]
+                made = group_of(outside, stats)
             kept = []
             for product in mine:
                 why = _obstacle(product, made, weights)
