@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -24,9 +23,6 @@ from onnxforge.selection import CODES as WEIGHT_CODES
 from onnxforge.selection import skipped
 from onnxforge.weights import Weights
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["CODES", "Policy", "halve"]
 
 _DEFAULT = "default"
@@ -37,7 +33,8 @@ CODES: Mapping[str, str] = {
     "OF261": "A constant is beyond the range of the half type and no mask before a Softmax: it"
     " stays float32, and what reads it.",
     "OF262": "A small constant would become zero or subnormal: it stays float32, and what"
-    " reads it, up to the division or root that it guards.",
+    " reads it, up to the division or root that it guards. Where it is only added it becomes"
+    " half.",
     "OF263": "A mask that is added before a Softmax holds values below the lowest of the half"
     " type; they become finite ones that mask as well. Infinities stay.",
     "OF264": "`block_op_types`, `block_nodes` or `keep_io` keeps it float32.",

@@ -25,6 +25,7 @@ _SUMS = frozenset({"LogSoftmax", "Softmax"})
 # From a small constant to where it is divided by.
 _GUARDS = _SELECTS | {"Pow", "Reciprocal", "Sqrt"}
 _SINGULAR = frozenset({"Div", "Log", "Reciprocal", "Sqrt"})
+_SHIFTS = frozenset({"Add", "Sub", "Sum"})
 
 
 class Limits:
@@ -78,9 +79,14 @@ class Limits:
         self._tell("OF261", weight, message, highest or lowest or 0.0)
 
     def _lost(self, weight: Weight, smallest: float, readers: list[Part]) -> None:
+        kept = []
         for part in readers:
-            part.keep("OF262", "reads a constant that is too small")
-            _guarded(part, self._parts, set())
+            guards = _guarded(part, self._parts, set())
+            if guards or part.op_type not in _SHIFTS:  # else a sum is rounded by more than it
+                part.keep("OF262", "reads a constant that is too small")
+                kept.append(part)
+        if not kept:
+            return
         message = "is too small, so that it and what reads it stay float32"
         self._tell("OF262", weight, message, smallest)
 

@@ -256,6 +256,24 @@ def test_a_guard_against_zero_stays_with_what_it_guards(small: float) -> None:
     assert np.array_equal(found, np.zeros_like(X))
 
 
+def test_a_small_constant_that_is_only_added_costs_no_cast() -> None:
+    """Learned biases are as small; what scales by such a constant, or is guarded, stays."""
+    text = (
+        HEAD
+        + """m (float[n,8] x) => (float[n,8] y) {
+        a = MatMul(x, w) b = Add(a, small) c = Mul(b, small) d = MatMul(b, w)
+        e = Mul(c, large) y = Add(d, e) }"""
+    )
+    weights = {"w": W, "small": np.float32(1e-7), "large": np.float32(1e6)}
+    tier, report = halves.tier(halves.parsed(text, **weights), "fp16")
+    types = halves.types(tier)
+    assert [types[n] for n in ("a", "b", "c", "d", "e")] == [F16, F16, F32, F16, F32]
+    assert report.passes[0].stats == {"casts added": 4}  # two of them at the interface
+    a = halves.rounded(X, "fp16") @ halves.rounded(W, "fp16")
+    found = halves.outputs(tier, {"x": X})["y"]
+    assert np.allclose(found, a @ W + a / 10, rtol=0.02, atol=0.05)
+
+
 def layer_norm(x: str, y: str) -> str:
     return f"""{y}_m = ReduceMean <axes=[1], keepdims=1> ({x}) {y}_d = Sub({x}, {y}_m)
         {y}_q = Pow({y}_d, two) {y}_v = ReduceMean <axes=[1], keepdims=1> ({y}_q)
