@@ -356,6 +356,41 @@ def test_a_function_of_different_types_stays_as_it_is() -> None:
     assert np.allclose(found["y"], 2 * X @ W @ W, rtol=0.02, atol=0.2)
 
 
+def test_a_function_whose_types_nothing_tells_stays_as_it_is() -> None:
+    """Nothing tells what an Optional holds; what the call gives is declared all the same."""
+    text = """<ir_version: 9, opset_import: ["" : 17, "own" : 1]>
+    m (float[n,8] x) => (float[n,8] y) {
+        a = MatMul(x, w) o = Optional(a) b = OptionalGetElement(o)
+        c = own.twice(b, b) y = MatMul(c, w) }
+    <domain: "own", opset_import: ["" : 17]> twice (z, u) => (r) { r = Add(z, u) }"""
+    parent = halves.parsed(text, w=W)
+    parent.graph.value_info.append(onnx.helper.make_tensor_value_info("c", F32, ["n", 8]))
+    tier, report = halves.tier(parent, "fp16")
+    assert np.allclose(halves.outputs(tier, {"x": X})["y"], 2 * X @ W @ W, rtol=0.02, atol=0.2)
+    told = {f.where: f.code for f in report.passes[0].findings if f.op}
+    assert told["n_a"] == "OF201"
+
+
+@pytest.mark.parametrize(("keep", "kind"), [("all", F32), ("none", F16)])
+def test_a_default_of_an_input_has_the_type_of_the_input(keep: str, kind: int) -> None:
+    text = (
+        HEAD
+        + """m (float[n,8] x, float scale, float most) => (float[n,8] y) {
+        a = MatMul(x, w) b = Mul(a, scale) y = Min(b, most) }"""
+    )
+    weights = {"w": W, "scale": np.float32(1e-6), "most": np.float32(1e6)}
+    tier, report = halves.tier(halves.parsed(text, **weights), f"fp16{{keep_io={keep}}}")
+    types = halves.types(tier)
+    assert types["scale"] == types["most"] == types["b"] == kind
+    told = [f.message for f in report.passes[0].findings if f.code == "OF261" and not f.op]
+    assert told == [
+        "overflows, so that it and what reads it stay float32"
+        if keep == "all"
+        else "the default of an input overflows, unless keep_io keeps it float32"
+    ]
+    oracle.run(tier, {"x": X.astype(np.float16) if keep == "none" else X})
+
+
 def test_operators_outside_of_ai_onnx_stay_float32() -> None:
     text = """<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
     m (float[n,8] x) => (float[n,8] y) {
