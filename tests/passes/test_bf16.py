@@ -202,6 +202,20 @@ def test_a_target_without_kernels_is_refused_and_names_the_operator() -> None:
             PassManager(f"bf16{{target={target}}}").apply(parent)
 
 
+def test_a_target_without_any_kernel_is_refused_where_there_are_no_products() -> None:
+    text = HEAD + "m (float[n,8] x) => (float[n,8] y) { a = Mul(x, x) y = Relu(a) }"
+    with pytest.raises(Refused, match="target=webgpu has no bfloat16 kernel for Mul"):
+        PassManager("bf16{target=webgpu}").apply(halves.parsed(text))
+    # In the second run all that is left lacks a kernel, which is no reason to refuse.
+    text = """m (float[1,3,8,8] x) => (float[1,3,8,8] y) {
+        a = Conv <pads=[1,1,1,1]> (x, k) b = Pad(a, none) y = MatMul(b, w) }"""
+    weights = {"k": RNG.standard_normal((3, 3, 3, 3)).astype(np.float32), "w": W}
+    parent = halves.parsed(HEAD + text, none=np.zeros(8, np.int64), **weights)
+    tier, report = halves.tier(parent, "bf16{target=cuda}")
+    assert {f.code for f in report.passes[0].findings if f.op == "Pad"} == {"OF266"}
+    assert halves.types(tier)["w"] == BF16
+
+
 def test_large_weights_stay_on_disk_and_are_rounded_as_they_are_written(tmp_path) -> None:
     text = HEAD + "m (float[n,8] x) => (float[n,8] y) { y = MatMul(x, w) }"
     parent = halves.parsed(text, w=W)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxforge import PassManager
-from onnxforge.errors import Refused
+from onnxforge.errors import OnnxforgeError, Refused
 from onnxforge.replay import verify
 from support import fixtures, halves, oracle
 
@@ -64,6 +65,18 @@ def test_the_interface_changes_where_keep_io_says_so() -> None:
     assert not halves.ops(bare, "Cast")
     with pytest.raises(Refused, match="keep_io: 'pats' matches no input and no output"):
         halves.tier(parent, "fp16{keep_io=pats}")
+
+
+def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    text = HEAD + "m (float[n,8] x) => (float[n,8] y) { y = MatMul(x, w) }"
+    parent = halves.parsed(text, w=W)
+    for options, message in {
+        "block_op_types=Mattmul": "block_op_types: 'Mattmul' is no operator of ai.onnx",
+        "block_nodes=n_x": "block_nodes: 'n_x' matches no node of float32 values",
+        f'samples="{tmp_path}"': f"{tmp_path}: is a folder, name a file in it",
+    }.items():
+        with pytest.raises(OnnxforgeError, match=re.escape(message)):
+            PassManager(f"fp16{{{options}}}").apply(parent)
 
 
 def test_an_if_that_captures_an_input_that_stays() -> None:
