@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxforge.compare.samples import Sample
 from onnxforge.core import FILES, Fate, Finding, Result
-from onnxforge.emulation import computes_in
+from onnxforge.emulation import calculates, computes_in
 from onnxforge.errors import Refused
 from onnxforge.halving.blocks import PRODUCTS, block, keep_interface, usual
 from onnxforge.halving.colours import colour
@@ -153,7 +153,8 @@ def _kernels(parts: Parts, target: Target) -> list[Part]:
 def _refuse_unable(parts: Parts, lacking: Sequence[Part], target: Target) -> None:
     """Refuse a target that has no kernel for any product, or for nothing at all."""
     products = [part for part in lacking if part.op_type in PRODUCTS]
-    gained = any(p.half and p.node and (p.op_type in PRODUCTS or not products) for p in parts)
+    halves = [part for part in parts if part.half and part.node and calculates(part.node)]
+    gained = any(part.op_type in PRODUCTS or not products for part in halves)
     if lacking and not gained and parts.dtype not in computes_in(parts.model):
         first = (products or lacking)[0]
         raise Refused(
