@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,17 +125,18 @@ class Outcome:
     sqnr: float = math.nan
 
 
-def environment(name: str, cache: Path) -> Runtime:
-    """Make the environment of one release, unless it is there."""
+def environment(name: str, cache: Path, needs: Sequence[str] = ()) -> Runtime:
+    """Make the environment of one release, unless it is there; or of what else is needed."""
     folder = cache / name
-    wanted = REQUIREMENTS[name]
+    wanted = [*needs] or REQUIREMENTS[name]
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     done = folder / "ready.txt"
     if not done.exists() or done.read_text().splitlines()[:-1] != wanted:
         done.unlink(missing_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         # onnxruntime's declared dependencies serve tools that no session needs.
-        install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *wanted]
+        alone = [] if needs else ["--no-deps"]
+        install = [str(python), "-m", "pip", "install", "--quiet", *alone, *wanted]
         subprocess.run(install, check=True)
         ask = "import onnxruntime; print(onnxruntime.__version__)"
         shown = subprocess.run(

@@ -71,6 +71,7 @@ class Candidate:
         notes: What no column holds.
         distance: How far its float outputs are from the parent's.
         cosine: The lowest cosine of a sample.
+        worst: The lowest SQNR of a sample, in dB.
         same: On how many samples all outputs that are not float are equal; empty without such.
         loads: Seconds that loading took, one for each time.
         runs: Seconds of each round.
@@ -85,6 +86,7 @@ class Candidate:
     notes: list[str] = dataclasses.field(default_factory=list)
     distance: Comparison | None = None
     cosine: float = math.nan
+    worst: float = math.nan
     same: str = ""
     loads: list[float] = dataclasses.field(default_factory=list)
     runs: list[float] = dataclasses.field(default_factory=list)
@@ -102,7 +104,7 @@ def build(name: str, source: Path, options: argparse.Namespace, folder: Path) ->
         words = [*files, weight_type, *op_types]
         commands = {way: [sys.executable, str(CHILD), way, *words] for way in PREPARATIONS}
     for way, command in commands.items():
-        reason = _make(command, made.path, options.timeout)
+        reason = make(command, made.path, options.timeout)
         if not reason:
             made.nbytes = sum(file.stat().st_size for file in made.path.parent.iterdir())
             return made
@@ -111,7 +113,7 @@ def build(name: str, source: Path, options: argparse.Namespace, folder: Path) ->
     return made
 
 
-def _make(command: list[str], path: Path, timeout: float) -> str:
+def make(command: list[str], path: Path, timeout: float) -> str:
     """Run a command that is to write ``path``; why it did not, or an empty text."""
     shutil.rmtree(path.parent, ignore_errors=True)
     path.parent.mkdir(parents=True)
@@ -154,6 +156,15 @@ class Bench:
 
     def run(self, built: list[Candidate]) -> list[Candidate]:
         """Measure the parent and whatever was built; the parent comes first."""
+        rows = self.judge(built)
+        if alive := [row for row in rows if not row.failure]:
+            self._time(alive)
+        if self._options.oldest:
+            self._try_oldest([row for row in rows if row.nbytes])
+        return rows
+
+    def judge(self, built: list[Candidate]) -> list[Candidate]:
+        """Compare whatever was built with the parent, which comes first."""
         rows = [self._parent, *built]
         expected: list[Feeds] = []
         try:
@@ -164,10 +175,6 @@ class Bench:
         for row in rows if expected else ():
             if not row.failure:
                 self._judge(row, expected)
-        if alive := [row for row in rows if not row.failure]:
-            self._time(alive)
-        if self._options.oldest:
-            self._try_oldest([row for row in rows if row.nbytes])
         return rows
 
     def _session(self, row: Candidate) -> Session:
@@ -178,7 +185,7 @@ class Bench:
     def _judge(self, row: Candidate, expected: Sequence[Feeds]) -> None:
         """Run a candidate on all samples and compare each with what the parent gave."""
         overall, others = Accumulator(), Others()
-        cosines = []
+        each = []
         try:
             # The parent is compared with a second run of itself.
             with self._session(dataclasses.replace(row, name=f"{row.name}-again")) as session:
@@ -188,13 +195,15 @@ class Bench:
                     for left, right in others.floats(wanted, found):
                         one.update(left, right)
                     overall.merge(one)
-                    cosines.append(one.result().cosine)
+                    each.append(one.result())
                     for file in found.values():
                         file.path.unlink()
         except RuntimeFailed as error:
             _fail(row, error)
             return
-        row.distance, row.cosine = overall.result(), min(cosines)
+        row.distance = overall.result()
+        row.cosine = min(found.cosine for found in each)
+        row.worst = min(found.sqnr_db for found in each)
         row.same = others.same(len(expected))
         row.notes += others.notes(len(expected))
         if broken := row.distance.nonfinite_mismatches:

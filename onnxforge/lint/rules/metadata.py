@@ -227,8 +227,9 @@ def named_file_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
         data = graph.get("data")
         words = [graph.get("model"), *(data if isinstance(data, list) else [])]
         names |= {word: None for word in words if isinstance(word, str)}
-    shared = said.get("files", [])
-    names |= {word: None for word in shared if isinstance(word, str)}
+    shared = said.get("files")
+    words = shared if isinstance(shared, list) else []
+    names |= {word: None for word in words if isinstance(word, str)}
     told = by_file(bundle.models)  # what models name themselves is told of those
     for name in names:
         if not is_path(name):
