@@ -204,7 +204,9 @@ def _note(tiers: Mapping[str, Any]) -> str:
         if found := graph["parity"]:
             threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
             way = f"onnxruntime {found['onnxruntime']}, {', '.join(found['providers'])}"
-            way = f"{found['samples']} samples, {way}, {threads}"
+            emulated = found.get("emulated")  # which what was judged before does not say
+            how = f", emulated: float32 rounded as {emulated}" if emulated else ""
+            way = f"{found['samples']} samples, {way}, {threads}{how}"
             ways.setdefault(way, []).append(tier)
     said = [f"{', '.join(names)}: {way}." for way, names in ways.items()]
     return " ".join(["SQNR and cosine are of the worst sample.", *said]) if said else ""

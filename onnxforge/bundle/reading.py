@@ -66,6 +66,7 @@ def read_recipe(path: Path) -> Recipe:
         tiers=tiers,
         extras=tuple(_extra(each) for each in table.tables("files", "source")),
     )
+    table.table("lint")  # what `onnxforge lint` reads from the same file
     table.close()
     _refuse_collisions(recipe, table)
     return recipe

@@ -325,6 +325,12 @@ def test_without_graphs_or_tiers_there_is_no_recipe(tmp_path: Path, missing: str
         read_recipe(path)
 
 
+def test_lint_is_configured_in_the_same_file(tmp_path: Path) -> None:
+    path = written(tmp_path, f'{FULL}\n[lint]\nignore = ["no-kernel"]\n')
+    assert read_recipe(path).name == "pair"
+    assert configured(path, {}).ignore == ("no-kernel",)
+
+
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000 + "]" * 3000])
 def test_digits_and_brackets_without_end(tmp_path: Path, value: str) -> None:
     path = written(tmp_path, f"md5 = {value}\n{FULL}")
