@@ -8,13 +8,15 @@ RUNTIMES ?=
 CLIENTS ?=
 FIDELITY ?=
 CRASH ?=
+KERNELS ?=
+PREDICTED ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types coverage bench runtimes fidelity hostile \
-    crash clients clean
+.PHONY: help demo test check lint format types coverage docs bench runtimes predicted kernels \
+    fidelity hostile crash clients clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -49,12 +51,18 @@ coverage: $(READY) ## run the tests and say which lines they never reach
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage report
 
+docs: $(READY) ## write the pages about passes and rules from their docstrings
+	$(BIN)/python docs/generate.py
+
 bench: $(READY) ## compare speed and memory with other tools, BENCH='...' for options
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 runtimes: $(READY) ## try the fixtures on onnxruntime 1.17 to newest, RUNTIMES='...' for options
 	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
+predicted: $(READY) ## what `support` tells, against 16 onnxruntimes, PREDICTED='...' for options
+	$(BIN)/python benchmarks/predicted.py $(PREDICTED)
 
 fidelity: $(READY) ## 2,033 models through load and save, FIDELITY='*.onnx' for more
 	$(BIN)/python tests/sweeps/fidelity.py $(FIDELITY)
@@ -64,6 +72,9 @@ hostile: $(READY) ## damaged and hostile models beside what other tools do with 
 
 crash: $(READY) ## kill 200 overwrites at random moments, CRASH='...' for options
 	$(BIN)/python tests/sweeps/crash.py $(CRASH)
+
+kernels: $(READY) ## ask each onnxruntime what it can load, KERNELS='--repository CLONE' for CUDA
+	$(BIN)/python benchmarks/kernels.py $(KERNELS)
 
 clients: $(READY) ## try models in Chromium, node, Rust and Python, CLIENTS='...' for options
 	$(BIN)/python tests/clients/run.py $(CLIENTS)

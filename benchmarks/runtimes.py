@@ -47,14 +47,12 @@ BAND = 3.0  # dB between two releases: the error of a tier, squared, is not twic
 ROWS = "gather-int8{min_rows=2}"  # tables of fixtures are small
 PIPELINES = "fp16w", "int8w", ROWS, "dynamic-int8", f"{ROWS},dynamic-int8"
 
+RELEASES = tuple(f"1.{minor}" for minor in range(17, 33))
 REQUIREMENTS = {
-    "1.17": ["onnxruntime==1.17.*", "numpy<2"],
-    "1.18": ["onnxruntime==1.18.*", "numpy<2"],
-    "1.20": ["onnxruntime==1.20.*", "numpy"],
-    "1.22": ["onnxruntime==1.22.*", "numpy"],
-    "1.24": ["onnxruntime==1.24.*", "numpy"],
-    "newest": ["onnxruntime", "numpy"],
-}
+    release: [f"onnxruntime=={release}.*", "numpy" if minor > 18 else "numpy<2"]
+    for minor, release in enumerate(RELEASES, 17)
+} | {"newest": ["onnxruntime", "numpy"]}
+TRIED = "1.17", "1.18", "1.20", "1.22", "1.24", "newest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +182,7 @@ def make_case(name: str, path: Path, inputs: list[Path], passes: str, folder: Pa
 
 
 def module(path: Path) -> Any:
-    """A module by its path, under its own name."""
+    """A script as a module, by its path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(path)
@@ -332,7 +330,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--passes", action="append", help=f"a pipeline that makes tiers; {PIPELINES}")
-    add("--runtimes", default=",".join(REQUIREMENTS))
+    add("--runtimes", default=",".join(TRIED))
     add("--fixtures", default="*", help="names to try, as a glob; '' for none")
     add("--model", type=Path, action="append", default=[], help="one more model")
     add(

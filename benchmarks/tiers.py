@@ -372,6 +372,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def pairs(parser: argparse.ArgumentParser, texts: list[str]) -> dict[str, str]:
+    """Words of the form NAME=PATH."""
     if wrong := [text for text in texts if "=" not in text]:
         parser.error(f"{wrong[0]!r}: NAME=PATH was wanted")
     return dict(text.split("=", 1) for text in texts)

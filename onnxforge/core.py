@@ -90,12 +90,15 @@ class Result(ir.passes.PassResult):
             decode to, by the path of the weight.
         again: Whether the pass could do more after a later one; then it runs again once such
             a pass has changed the model.
+        retyped: Inputs and outputs of the model that have another type of elements now, by
+            name; nothing else of the interface may change.
     """
 
     stats: Mapping[str, int] = dataclasses.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     decoded: Mapping[str, ir.TensorProtocol] = dataclasses.field(default_factory=dict)
     again: bool = False
+    retyped: Mapping[str, ir.DataType] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

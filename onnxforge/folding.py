@@ -239,12 +239,16 @@ def _by_channel(
 
 
 def _product(value: ir.Value, place: Place, weights: Weights) -> list[_Edit] | None:
-    """Mul with a constant on either side, Div by one."""
+    """Mul with a constant on either side, Div by one.
+
+    Behind one element it is the other operand that is divided: runtimes know GELU and others
+    by their single numbers, and fuse nothing where a number became a vector.
+    """
     node = _maker(value)
     for index in (1, 0) if node.op_type == "Mul" else (1,):
         edit = _by_channel(node, index, place, weights, multiply=node.op_type == "Div")
         if edit is not None:
-            return [edit]
+            return _input(node, 1 - index, place, weights) if edit.axis is None else [edit]
     return None
 
 

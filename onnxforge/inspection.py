@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 from onnxforge import model_io
 from onnxforge.lazy import FileTensor
 from onnxforge.manager import PIPELINE_KEY
+from onnxforge.storage.remote import is_address
 from onnxforge.walk import scopes
 from onnxforge.weights import Weight, Weights
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
 
     import onnx_ir as ir
 
@@ -80,7 +80,7 @@ class Inspection:
         opsets: Imported version of each operator set; those of functions are named after them.
         producer: Name and version of the tool that exported it.
         pipeline: The onnxforge passes it went through, empty if none.
-        files: Size in bytes of the model and of each data file.
+        files: Size in bytes of the model and of each data file, by path or address.
         inputs: Graph inputs.
         outputs: Graph outputs.
         weights: Weights by type and place, the largest first.
@@ -92,7 +92,7 @@ class Inspection:
     opsets: Mapping[str, int]
     producer: str
     pipeline: str
-    files: Mapping[Path, int]
+    files: Mapping[str, int]
     inputs: Sequence[Port]
     outputs: Sequence[Port]
     weights: Sequence[WeightGroup]
@@ -101,12 +101,17 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Look at a model file.
+    """Look at a model file, also behind an address of http, of which only the header is read.
 
     Raises:
-        ModelError: The model cannot be read.
+        OnnxforgeError: The model cannot be read.
     """
-    model = model_io.load(path, editable=False)
+    files: Mapping[str, int]
+    if is_address(path):
+        model, files = model_io.load_header(str(path))
+    else:
+        model = model_io.load(path, editable=False)
+        files = {str(file): size for file, size in model_io.files(model).items()}
     ops = Counter(_operator(node) for scope in scopes(model) for node in scope.graph)
     opsets = {domain or "ai.onnx": version for domain, version in model.opset_imports.items()}
     for scope in scopes(model):
@@ -119,7 +124,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         opsets=opsets,
         producer=" ".join(filter(None, [model.producer_name, model.producer_version])),
         pipeline=model.metadata_props.get(PIPELINE_KEY, ""),
-        files=model_io.files(model),
+        files=files,
         inputs=[_port(value) for value in model.graph.inputs],
         outputs=[_port(value) for value in model.graph.outputs],
         weights=[WeightGroup(*key, *size) for key, size in _sums(weights, _kind)],

@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from onnxforge import laws, model_io
 from onnxforge.core import FILES, Effect, Fate, Finding, Pass, Result
-from onnxforge.errors import BrokenPass, CheckFailed, Refused, about
+from onnxforge.errors import BrokenPass, CheckFailed, about
+from onnxforge.known import BY_HASH, KnownSample, known, named
 from onnxforge.placement import Layout
 from onnxforge.registry import parse
 from onnxforge.saving import Progress, Saved, refuse_to_overwrite, save, save_shared
@@ -26,7 +27,6 @@ from onnxforge.verify import interface, problem
 from onnxforge.walk import tensors
 
 __all__ = [
-    "BY_HASH",
     "PIPELINE_KEY",
     "VERSION_KEY",
     "Observer",
@@ -39,9 +39,6 @@ PIPELINE_KEY = "onnxforge.pipeline"
 """Key of the metadata in which a model says what passes it went through."""
 
 VERSION_KEY = "onnxforge.version"
-
-BY_HASH = "sha256:"
-"""How the name of a file begins that is known by its SHA-256 only."""
 
 
 class Observer(Protocol):
@@ -318,24 +315,17 @@ class PassManager:
             waiting.append(step)
         return result.modified
 
-    def _known(self, name: str) -> Known:
-        """What is in a file of statistics, which a pass names by its path or its SHA-256."""
-        if not name.startswith(BY_HASH):
-            return Known.read(Path(name))
-        for path in self.statistics:
-            if (known := Known.read(path)).sha256 == name.removeprefix(BY_HASH):
-                return known
-        raise Refused(f"the statistics with {name} are needed: --stats names their file")
-
     def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
         start = time.perf_counter()
-        before = interface(model)
-        model.meta[FILES] = {name: self._known(name) for name in _named_files(step)}
+        before, types = interface(model), _types(model)
+        names = [name for words in named(step).values() for name in words]
+        model.meta[FILES] = {name: known(name, self.statistics) for name in names}
         law = laws.Witness(step, model, self.inputs) if self.check_laws else None
         result = step(model)
         if not isinstance(result, Result):
             raise BrokenPass(f"{step.name} did not give back a Result")
-        if self.verify and interface(model) != before:
+        as_before = {name: types[name] for name in result.retyped}
+        if self.verify and interface(model, as_before) != before:
             raise BrokenPass(f"{step.name} changed the inputs or outputs of the model")
         if sound and result.modified and (reason := problem(model)):
             raise BrokenPass(f"{step.name} made an invalid model: {reason}")
@@ -344,8 +334,9 @@ class PassManager:
         return result, time.perf_counter() - start
 
 
-def _named_files(step: Pass) -> list[str]:
-    return [getattr(step, option) for option in step.files]
+def _types(model: ir.Model) -> dict[str, ir.DataType]:
+    values = (*model.graph.inputs, *model.graph.outputs)
+    return {v.name: v.type.dtype for v in values if v.name and v.type is not None}
 
 
 def _tell(report: Report, saved: Saved, but: Collection[Path] = ()) -> None:
@@ -371,8 +362,11 @@ def _overlaps(model: ir.Model) -> Iterator[Finding]:
 
 
 def _told(step: Pass, result: Result, seconds: float) -> PassReport:
-    known: Mapping[str, Known] = result.model.meta.get(FILES, {})
-    hashes = {o: f"{BY_HASH}{known[getattr(step, o)].sha256}" for o in step.files}
+    read: Mapping[str, Known | KnownSample] = result.model.meta.get(FILES, {})
+    hashes: dict[str, Any] = {}
+    for option, names in named(step).items():
+        words = tuple(f"{BY_HASH}{read[name].sha256}" for name in names)
+        hashes[option] = words[0] if isinstance(getattr(step, option), str) else words
     recorded = replace(step, **hashes) if hashes else step
     text, effect = str(recorded.spec(full=True)), step.effect.value
     stats, findings = dict(result.stats), result.findings

@@ -22,10 +22,24 @@ from onnxforge.fidelity import difference
 from onnxforge.lazy import DataFile, FileTensor
 from onnxforge.skeleton import SOURCE, Source, root_cause, set_external, skeleton
 from onnxforge.storage import wire
-from onnxforge.storage.locate import DataFolder, external_numbers, refuse_unsized
+from onnxforge.storage.locate import (
+    DataFolder,
+    RemoteFolder,
+    external_numbers,
+    refuse_unsized,
+)
+from onnxforge.storage.remote import Server, split_address
 from onnxforge.walk import named_tensors, replace_tensors, scopes, tensors
 
-__all__ = ["MAX_PROTO_BYTES", "files", "from_proto", "load", "read_skeleton", "to_proto"]
+__all__ = [
+    "MAX_PROTO_BYTES",
+    "files",
+    "from_proto",
+    "load",
+    "load_header",
+    "read_skeleton",
+    "to_proto",
+]
 
 MAX_PROTO_BYTES = 2**31 - 1
 """What protobuf can hold in one message."""
@@ -44,19 +58,12 @@ def read_skeleton(path: Path) -> tuple[onnx.ModelProto, list[wire.Payload], str]
     Raises:
         ModelError: There is no such file, or it is no ONNX model.
     """
-    location = secrets.token_hex(16)
     try:
         whole = DataFile(path)
         with whole.open() as file:
-            content, payloads = wire.excise(str(path), file.fileno(), whole.size, location)
-        proto = onnx.ModelProto.FromString(content)
+            return _parsed(str(path), file.fileno(), whole.size)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
-    except DecodeError:
-        raise ModelError(f"{path}: not an ONNX model (damaged protobuf)") from None
-    if not proto.HasField("graph"):
-        raise ModelError(f"{path}: not an ONNX model (it holds no graph)")
-    return proto, payloads, location
 
 
 def load(path: str | os.PathLike[str], *, editable: bool = True) -> ir.Model:
@@ -75,9 +82,10 @@ def load(path: str | os.PathLike[str], *, editable: bool = True) -> ir.Model:
     """
     file = Path(path).absolute()
     model_file = DataFile(file)  # first: should the file change meanwhile, that is noticed
-    proto, payloads, location = read_skeleton(file)
+    folder = DataFolder(file.parent, file)
+    read = read_skeleton(file)
     try:
-        model = _build(model_file, proto, payloads, location, editable=editable)
+        model = _build(model_file, folder, read, editable=editable)
         with model_file.open():  # refuses a file that changed while its data were looked at
             return model
     except ModelError as error:
@@ -85,16 +93,49 @@ def load(path: str | os.PathLike[str], *, editable: bool = True) -> ir.Model:
         raise ModelError(text if text.startswith(file.anchor) else f"{file}: {text}") from None
 
 
+def load_header(url: str) -> tuple[ir.Model, dict[str, int]]:
+    """Load a model from an address of http without its weights, which cannot be read then.
+
+    Returns:
+        The model, and the addresses and sizes in bytes of it and of its data files.
+
+    Raises:
+        OnnxforgeError: The model cannot be read.
+    """
+    server, name = Server(split_address(url)[0]), split_address(url)[1]
+    size = server.size(name)
+    if size is None:
+        raise ModelError(f"{url}: no such file")
+    folder = RemoteFolder(server)
+    with server.slices(name, size) as content:
+        read = _parsed(url, content, size)
+    try:
+        model = _build(folder.file(name, size), folder, read, editable=False)
+    except ModelError as error:
+        raise ModelError(f"{url}: {error}") from None
+    return model, folder.sizes
+
+
+_Read = tuple[onnx.ModelProto, list[wire.Payload], str]
+
+
+def _parsed(path: str, content: int | wire.Slices, size: int) -> _Read:
+    """A model without its large payloads; see `read_skeleton`."""
+    location = secrets.token_hex(16)
+    skeleton, payloads = wire.excise(path, content, size, location)
+    try:
+        proto = onnx.ModelProto.FromString(skeleton)
+    except DecodeError:
+        raise ModelError(f"{path}: not an ONNX model (damaged protobuf)") from None
+    if not proto.HasField("graph"):
+        raise ModelError(f"{path}: not an ONNX model (it holds no graph)")
+    return proto, payloads, location
+
+
 def _build(
-    model_file: DataFile,
-    proto: onnx.ModelProto,
-    payloads: list[wire.Payload],
-    location: str,
-    *,
-    editable: bool,
+    model_file: DataFile, folder: DataFolder, read: _Read, *, editable: bool
 ) -> ir.Model:
-    file = model_file.path
-    folder = DataFolder(file.parent, file)
+    proto, payloads, location = read
 
     def on_disk(entries: _Entries, tensor: ir.TensorProtocol) -> FileTensor:
         if entries.get("location") != location:
@@ -112,7 +153,7 @@ def _build(
             )
         return FileTensor(model_file, payload.offset, tensor, field=payload.field)
 
-    return _deserialized(proto, on_disk, path=file, editable=editable)
+    return _deserialized(proto, on_disk, path=model_file.path, editable=editable)
 
 
 def from_proto(

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-__all__ = ["postponed"]
+__all__ = ["postponed", "run_postponed"]
 
 
 class _Finder(MetaPathFinder):
     """Finds some modules as the interpreter would, and postpones them."""
 
     def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
+        self.names = names
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module, to be run later; None for all others."""
-        spec = PathFinder.find_spec(name, path, target) if name in self._names else None
+        spec = PathFinder.find_spec(name, path, target) if name in self.names else None
         if spec is not None and spec.loader is not None:
             spec.loader = LazyLoader(spec.loader)
         return spec
@@ -46,3 +46,11 @@ def postponed(*names: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+def run_postponed() -> None:
+    """Run what is postponed: two threads that begin to use it at a time would break it."""
+    for finder in sys.meta_path:
+        for name in sorted(finder.names) if isinstance(finder, _Finder) else ():
+            if name in sys.modules:
+                hasattr(sys.modules[name], "__name__")  # any look at a module runs it

@@ -16,9 +16,10 @@ import onnx_ir as ir
 from onnxforge import model_io
 from onnxforge.errors import Refused, about
 from onnxforge.fidelity import difference
+from onnxforge.known import BY_HASH, named
 from onnxforge.layout import layout
 from onnxforge.lazy import BLOCK_BYTES, blocks, reader
-from onnxforge.manager import BY_HASH, PIPELINE_KEY, VERSION_KEY, PassManager
+from onnxforge.manager import PIPELINE_KEY, VERSION_KEY, PassManager
 from onnxforge.registry import parse
 from onnxforge.skeleton import skeleton
 from onnxforge.walk import tensors
@@ -128,8 +129,8 @@ def _steps(pipeline: str, *, recorded: bool) -> tuple[Pass, ...]:
     if recorded and len(steps) > _MOST:
         raise Refused(f"{len(steps)} passes are recorded, more than {_MOST}: give --passes")
     for step in steps if recorded else ():
-        named = [getattr(step, option) for option in step.files]
-        if not all(name.startswith(BY_HASH) for name in named):
+        names = [name for words in named(step).values() for name in words]
+        if not all(name.startswith(BY_HASH) for name in names):
             raise Refused(f"the recorded {step.name} names a file by its path: give --passes")
     return steps
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.core import Fate, Finding
@@ -135,9 +136,7 @@ def _reasons(findings: Iterable[Finding]) -> Iterator[str]:
 
 def inspection_as_dict(found: Inspection) -> dict[str, Any]:
     """What `inspect` found as plain data, for JSON."""
-    fields = dataclasses.asdict(found)
-    fields["files"] = {str(path): size for path, size in found.files.items()}
-    return fields
+    return dataclasses.asdict(found)
 
 
 def inspection_as_text(found: Inspection) -> str:
@@ -148,7 +147,9 @@ def inspection_as_text(found: Inspection) -> str:
         f"made by: {found.producer or 'unknown'}",
         *(["pipeline: " + found.pipeline] if found.pipeline else []),
         "",
-        *_table(["file", "bytes"], [[p.name, f"{size:,}"] for p, size in found.files.items()]),
+        *_table(
+            ["file", "bytes"], [[Path(p).name, f"{size:,}"] for p, size in found.files.items()]
+        ),
         "",
         *_table(
             ["", "name", "type", "shape"],

@@ -114,6 +114,7 @@ class Group:
         matrices = [_columns(product) for product in self.products]
         parts = self.stats.parts()
 
+        @functools.cache
         def tried(choice: _Choice | None) -> Trial:
             trials = [
                 trial(p.rows.astype(np.float64), matrices, *_scaled(p, weight, choice, rules))
@@ -183,7 +184,8 @@ def _best(loss: Callable[[_Choice], float], rules: Rules) -> _Choice:
         return best
     turned = min([_Choice(alpha, LEANS[0]) for alpha in alphas], key=loss)
     stronger = [a for a in alphas if 0 <= a - turned.alpha < 0.15]
-    leaning = [_Choice(alpha, lean) for lean in LEANS[1:] for alpha in stronger]
+    leans = LEANS[1:] if rules.alpha is None else ()
+    leaning = [_Choice(alpha, lean) for lean in leans for alpha in stronger]
     turned = min([turned, *leaning], key=loss)
     return turned if loss(turned) * _WORTH < loss(best) else best
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
+import onnx_ir as ir
 
 from onnxforge.skeleton import skeleton
 from onnxforge.walk import proto_graphs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import onnx_ir as ir
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["interface", "problem"]
 
@@ -50,10 +49,22 @@ def _repeated_names(model: onnx.ModelProto) -> Iterator[str]:
                 yield f"value {name!r} is made twice"
 
 
-def interface(model: ir.Model) -> tuple[object, ...]:
-    """What callers of a model rely on: names, types and shapes of inputs and outputs."""
+def interface(
+    model: ir.Model, retyped: Mapping[str, ir.DataType] | None = None
+) -> tuple[object, ...]:
+    """What callers of a model rely on: names, types and shapes of inputs and outputs.
+
+    Args:
+        model: The model.
+        retyped: Tensors to describe with other elements than they have, by name.
+    """
+
+    def typed(value: ir.Value) -> str:
+        dtype = (retyped or {}).get(value.name or "")
+        is_tensor = dtype is not None and isinstance(value.type, ir.TensorType)
+        return str(ir.TensorType(dtype) if dtype and is_tensor else value.type)
 
     def described(values: list[ir.Value]) -> tuple[object, ...]:
-        return tuple((value.name, str(value.type), str(value.shape)) for value in values)
+        return tuple((value.name, typed(value), str(value.shape)) for value in values)
 
     return described(list(model.graph.inputs)), described(list(model.graph.outputs))

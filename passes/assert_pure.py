@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from onnxforge.core import Effect, Finding, Pass, Result
 from onnxforge.errors import CheckFailed
-from onnxforge.runtime.ceilings import NEWEST, ceiling
+from onnxforge.runtime.ceilings import ceiling
+from onnxforge.runtime.support import supported
 from onnxforge.walk import Scope, label, scopes
 
 __all__ = ["AssertPureAiOnnx"]
@@ -30,8 +31,8 @@ class AssertPureAiOnnx(Pass):
         opset: Version of ai.onnx that the model and its functions have to import.
         max_opset: Newest version of ai.onnx that they may import.
         max_ir: Newest IR version that the model may have.
-        min_ort: Oldest onnxruntime that has to load the model, such as 1.17; it limits IR and
-            opset.
+        min_ort: Oldest onnxruntime that has to load the model, such as 1.17, on the
+            processor: it limits IR and opset, and operators of ai.onnx need a kernel there.
         allow: Domains that are fine too.
         forbid: Operators that are not fine, as ``Op`` in any domain or as ``domain::Op``.
         imports: ``used`` warns of imports of other domains that no node uses, ``all`` takes
@@ -59,6 +60,9 @@ class AssertPureAiOnnx(Pass):
         " read it; functions=forbid makes it an offence.",
         "OF107": "The onnxruntime asked for is newer than the table of what each can load; the"
         " limits of the newest known one were used.",
+        "OF108": "The onnxruntime asked for does not load or run the node: it has no kernel"
+        " for these types, or the form is known to fail. `onnxforge support` tells of other"
+        " releases.",
     }
 
     opset: int | None = None
@@ -94,6 +98,7 @@ class AssertPureAiOnnx(Pass):
         rules = _Rules(self, model)
         findings = [
             *rules.of_model(),
+            *rules.of_runtime(),
             *(finding for owner in owners for finding in rules.of_owner(owner)),
         ]
         offences = [finding for finding in findings if finding.level == "error"]
@@ -160,7 +165,7 @@ class _Rules:
         if self._ort is not None and not self._ort.is_known:
             message = (
                 f"onnxruntime {self._options.min_ort} is not known yet, the limits are those"
-                f" of {NEWEST}"
+                f" of {self._ort.release}"
             )
             yield Finding("OF107", "model", message, level="warning")
         version = self._model.ir_version
@@ -168,6 +173,18 @@ class _Rules:
             yield Finding(
                 "OF104", "model", f"has IR version {version}, {reason}", level="error"
             )
+
+    def of_runtime(self) -> Iterator[Finding]:
+        """What the tables say of operators, once the versions are fine."""
+        if self._ort is None:
+            return
+        (answer,) = supported(self._model, [self._ort.release])
+        if any(reason.kind in ("ir", "opset") for reason in answer.reasons):
+            return
+        for reason in answer.reasons:
+            if reason.kind != "unknown" and not reason.domain:
+                message = f"{reason.text} (onnxruntime {self._ort.release})"
+                yield Finding("OF108", reason.node, message, level="error")
 
     def of_owner(self, owner: _Owner) -> Iterator[Finding]:
         if owner.function is not None:

@@ -11,23 +11,28 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxforge import laws, load, save
-from onnxforge.core import Effect, Pass, Result
-from onnxforge.errors import CheckFailed, Refused
+from onnxforge import laws, testing
+from onnxforge.core import Pass, Result
 from onnxforge.placement import PLACEMENT
 from onnxforge.registry import entries, parse
-from onnxforge.verify import interface, problem
-from onnxforge.weights import Weights
 from support import fixtures, oracle, payload, statistics
 
 # At its defaults, or with what it requires, and at least once with other options.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "assert-pure": ("assert-pure", "assert-pure{max_opset=18 imports=all functions=forbid}"),
+    "bf16": (
+        "bf16",
+        "bf16{keep_io=none block_op_types=Softmax target=tensorrt}",
+    ),
     "dynamic-int8": (
         "dynamic-int8",
         "dynamic-int8{min_bytes=0 float_front_end=false float_depthwise=false}",
         "dynamic-int8{min_bytes=0 weight_type=uint8 per_channel=false leftover=int8w}",
         "dynamic-int8{min_bytes=0 reduce_range=true scale=mse}",
+    ),
+    "fp16": (
+        "fp16",
+        "fp16{keep_io=none block_op_types=Softmax target=webgpu}",
     ),
     "fp16w": (
         "fp16w",
@@ -43,6 +48,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
         "shard{max_bytes=64KiB target=browser lift=true digits=1}",
     ),
     "set-ir": ("set-ir{max=9}", "set-ir{max=8}"),
+    "tidy": ("tidy", "tidy{sort=false}"),
     "smoothquant": (
         "smoothquant{stats=STATS}",
         "smoothquant{stats=STATS min_bytes=0 quantize=false}",
@@ -75,14 +81,8 @@ def one(text: str, name: str = fixtures.names()[0]) -> Pass:
 
 
 def outcome(step: Pass, name: str) -> Result | None:
-    """What a pass makes of a fixture; None where it says no, which must change nothing."""
-    model = statistics.give(step, load(fixtures.built(name)))
-    before = laws.digest(model)
-    try:
-        return step(model)
-    except (CheckFailed, Refused):
-        assert laws.digest(model) == before, "a pass that declines changes nothing"
-        return None
+    """What a pass makes of a fixture; None where it says no."""
+    return testing.outcome(step, fixtures.built(name))
 
 
 def test_every_pass_has_its_variants() -> None:
@@ -103,66 +103,40 @@ def test_no_law_holds_for_want_of_a_model_that_the_pass_changes_or_refuses(text:
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_flag_idempotence_and_the_law_of_its_effect(text: str, name: str) -> None:
-    step = one(text, name)
-    if outcome(step, name) is None:
-        return
     # Only the law of storage needs a model that runs, and only where something was stored.
-    for sample in fixtures.samples(name) or [{}]:
-        model = statistics.give(step, load(fixtures.built(name)))
-        laws.Witness(step, model, sample).hold(step(model))
+    samples = fixtures.samples(name) or [{}]
+    testing.hold_law(one(text, name), fixtures.built(name), samples)
 
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_valid_in_valid_out_with_the_same_interface(text: str, name: str) -> None:
-    model = load(fixtures.built(name))
-    before, contract, imports = problem(model), interface(model), dict(model.opset_imports)
-    result = outcome(one(text, name), name)
-    if result is not None:
-        assert problem(result.model) == before
-        assert interface(result.model) == contract
-        assert dict(result.model.opset_imports) == imports
+    testing.hold_validity(one(text, name), fixtures.built(name))
 
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_every_weight_is_treated_excluded_or_skipped(text: str, name: str) -> None:
     step = one(text, name)
+    testing.hold_account(step, fixtures.built(name))
     result = outcome(step, name)
-    if result is None:
-        return
-    if not any(finding.fate for finding in result.findings):
-        assert step.effect not in (Effect.STORAGE, Effect.APPROX)
-        return
-    told = [(f.where, f.nbytes) for f in result.findings if f.fate is not None and not f.op]
-    there = [(w.where, w.nbytes) for w in Weights(load(fixtures.built(name)))]
-    assert sorted(told) == sorted(there)
-    digests = payload.tensor_digests(fixtures.built(name))
-    assert len(told) == len(digests), "an independent walk finds as many"
+    if result is not None and any(finding.fate for finding in result.findings):
+        told = [f for f in result.findings if f.fate is not None and not f.op]
+        digests = payload.tensor_digests(fixtures.built(name))
+        assert len(told) == len(digests), "an independent walk finds as many"
 
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_what_is_written_can_be_read_and_runs(text: str, name: str, tmp_path: Path) -> None:
-    result = outcome(one(text, name), name)
-    if result is None:
-        return
-    save(result.model, tmp_path / "out.onnx")
-    again = load(tmp_path / "out.onnx")
-    assert laws.payloads(again) == laws.payloads(result.model)
-    if name in fixtures.names(clean=True):
-        onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
-    if name in fixtures.names(runs=True):
-        for sample in fixtures.samples(name):
-            outputs = oracle.run(tmp_path / "out.onnx", sample)
-            wanted = oracle.run(fixtures.built(name), sample)
-            assert {k: (v.shape, v.dtype) for k, v in outputs.items()} == {
-                k: (v.shape, v.dtype) for k, v in wanted.items()
-            }
+    samples = fixtures.samples(name) if name in fixtures.names(runs=True) else []
+    source = fixtures.built(name)
+    testing.hold_written(one(text, name), source, tmp_path, samples, run=oracle.run)
+    target = tmp_path / "out.onnx"
+    if target.exists() and name in fixtures.names(clean=True):
+        onnx.checker.check_model(str(target), full_check=True)
 
 
 @pytest.mark.parametrize("text", [text for texts in VARIANTS.values() for text in texts])
 def test_the_text_of_a_pass_gives_the_pass(text: str) -> None:
-    step = one(text)
-    assert one(str(step)) == step
-    assert one(str(step.spec(full=True))) == step
+    testing.hold_text(one(text))
 
 
 _WRITE_ALL = """

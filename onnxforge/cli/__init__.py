@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from onnxforge.cli.build import build
 from onnxforge.cli.calibrate import calibrate
+from onnxforge.cli.emulate import emulate
+from onnxforge.cli.lint import lint
 from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
+from onnxforge.cli.support import support
 from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
 from onnxforge.interrupts import Interrupted, interruptible
 from onnxforge.postponed import postponed
@@ -44,7 +48,19 @@ def _cli() -> None:
     """Turn an exported ONNX model into the tiers a publisher ships."""
 
 
-for _command in (run, list_passes, explain, inspect_model, compare, verify, calibrate):
+for _command in (
+    run,
+    list_passes,
+    explain,
+    inspect_model,
+    compare,
+    verify,
+    calibrate,
+    build,
+    lint,
+    emulate,
+    support,
+):
     _cli.add_command(_command)
 
 
@@ -65,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _exit_code(arguments: Sequence[str] | None) -> int:
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # what matters, we say ourselves
     try:
-        _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
+        done = _cli.main(args=arguments, prog_name="onnxforge", standalone_mode=False)
     except click.exceptions.Abort as end:
         return getattr(end.__cause__, "exit_code", _INTERRUPTED)
     except click.ClickException as error:
@@ -81,7 +97,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except Exception as bug:  # exit 1 would mean that a check said no
         traceback.print_exc()
         raise SystemExit(_FAILED_RUN) from bug
-    return 0
+    return done if isinstance(done, int) else 0  # a command may have an answer of its own
 
 
 def _shortened(line: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 import click
 
-from onnxforge.cli.options import FORMAT, PATH
+from onnxforge.cli.options import FORMAT
 from onnxforge.errors import OnnxforgeError, SpecError
 
 __all__ = ["explain", "inspect_model", "list_passes"]
@@ -36,20 +36,30 @@ def list_passes(style: str) -> None:
         click.echo(f"{name:<{width}}  {effect:<8} {summary}")
 
 
+_CODE = re.compile(r"[A-Za-z]+\d{3,}")  # passes of others have codes of their own
+
+
 def _summary(cls: type) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
 @click.command()
-@click.argument("topic", metavar="PASS|CODE")
+@click.argument("topic", metavar="PASS|RULE|CODE")
 def explain(topic: str) -> None:
-    """Explain a pass, or the code of a finding."""
+    """Explain a pass, a rule of lint, or the code of a finding."""
     import inspect
 
+    from onnxforge.lint.rules import RULES
+
+    for rule in RULES:
+        if topic in (rule.name, rule.name.replace("-", "_")) or topic.upper() == rule.code:
+            text = inspect.getdoc(rule.check)
+            click.echo(f"{rule.code} {rule.name} ({rule.level})\n\n{text}")
+            return
     from onnxforge.manager import PassManager
     from onnxforge.registry import entries, pass_class
 
-    if topic[:2].upper() == "OF" and topic[2:].isdigit():
+    if _CODE.fullmatch(topic):
         sources: list[Any] = [PassManager, *(pass_class(name) for name in entries())]
         meanings = {code: text for source in sources for code, text in source.codes.items()}
         if topic.upper() not in meanings:
@@ -65,12 +75,16 @@ def explain(topic: str) -> None:
 
 
 @click.command("inspect")
-@click.argument("model", type=PATH)
+@click.argument("model")
 @click.option("--layout", "mapped", is_flag=True, help="Map each data file byte by byte.")
 @FORMAT
-def inspect_model(model: Path, mapped: bool, style: str) -> None:
-    """Show what a model is: operators, versions, interface, weights, files."""
+def inspect_model(model: str, mapped: bool, style: str) -> None:
+    """Show what a model is, also one behind an http address: operators, weights, files."""
     from onnxforge import inspection, layout, report
+    from onnxforge.storage.remote import is_address
+
+    if mapped and is_address(model):
+        raise OnnxforgeError("--layout reads data files: not over http")
 
     found: Any = layout.layout(model) if mapped else inspection.inspect(model)
     as_dict: Any = report.layout_as_dict if mapped else report.inspection_as_dict

@@ -9,7 +9,7 @@ import click
 
 from onnxforge.errors import OnnxforgeError, SpecError
 
-__all__ = ["FORMAT", "PATH", "pair", "run_options", "sample_options", "writable", "write_text"]
+__all__ = ["FORMAT", "PATH", "pair", "run_options", "sample_options", "writable"]
 
 PATH = click.Path(path_type=Path, readable=False)  # we say ourselves what is wrong with it
 FORMAT = click.option(
@@ -85,14 +85,3 @@ def writable(
     if path is not None and not path.parent.is_dir():
         raise OnnxforgeError(f"{path.parent}: no such folder")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, or leave what is there."""
-    new = path.parent / f".{path.name}.tmp"
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OnnxforgeError(f"{path}: {error.strerror}") from None

@@ -16,9 +16,9 @@ from onnxforge.cli.options import (
     run_options,
     sample_options,
     writable,
-    write_text,
 )
 from onnxforge.errors import CheckFailed
+from onnxforge.storage.whole import write_text
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ def _gate_options(command: Any) -> Any:
 @click.option("--argmax", multiple=True, metavar="OUTPUT[=AXIS]", help="Compare choices.")
 @click.option("--top", type=int, default=5, show_default=True, help="Best choices compared.")
 @click.option("--localize", is_flag=True, help="Find the values where error enters.")
+@click.option(
+    "--emulate/--no-emulate",
+    default=True,
+    show_default=True,
+    help="Round float32 where a processor cannot compute in half types.",
+)
 @run_options
 @click.option(
     "--text", "texts", nargs=2, type=PATH, help="Also, or only: two .jsonl of texts."
@@ -87,6 +93,7 @@ def compare(
     argmax: tuple[str, ...],
     top: int,
     localize: bool,
+    emulate: bool,
     provider: tuple[str, ...],
     threads: int,
     timeout: float | None,
@@ -105,26 +112,25 @@ def compare(
     """
     from onnxforge.compare import Data, Options, Setup
     from onnxforge.compare import compare as compared
-    from onnxforge.compare.document import Document
-    from onnxforge.inspection import inspect
 
     told = _compared_texts(*texts) if texts else None
     if reference is None or candidate is None:
         if told is None or reference is not None:
             raise click.UsageError("give REFERENCE and CANDIDATE, or --text REF HYP")
-        _show(Document(None, text=told), style, output)
+        _show(None, told, style, output)
         return
-    sizes = dict(pair("--size", text) for text in size)
     options = Options(
         Setup(provider or Setup.providers, threads, timeout=timeout),
         argmax=dict(pair("--argmax", text, default=-1) for text in argmax),
         top=top,
         gates=_gates((max_abs, min_sqnr, min_cosine, max_argmax_rate)),
         localize=localize,
+        emulate=emulate,
     )
+    sizes = dict(pair("--size", text) for text in size)
     samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
     found = compared(reference, candidate, samples, options)
-    _show(Document(found, (inspect(reference), inspect(candidate)), told), style, output)
+    _show(found, told, style, output)
     if not found.passed:
         raise CheckFailed(_broken(found), ())
 
@@ -150,22 +156,28 @@ def _compared_texts(reference: Path, candidate: Path) -> TextEvidence:
     return compare_texts(read_texts(reference), read_texts(candidate))
 
 
-def _show(document: Document, style: str, output: Path | None) -> None:
-    from onnxforge.compare.document import as_dict
+def _show(
+    found: Evidence | None, text: TextEvidence | None, style: str, output: Path | None
+) -> None:
+    from onnxforge.compare.document import Document, as_dict
     from onnxforge.compare.page import as_html
     from onnxforge.compare.render import as_markdown, as_text
+    from onnxforge.inspection import inspect
 
+    sides = (found.reference, found.candidate) if found else ()
+    models = [inspect(side.path) for side in sides]
+    document = Document(found, (models[0], models[1]) if models else None, text)
     styles: dict[str, Callable[[Document], str]] = {
-        "json": lambda found: json.dumps(as_dict(found), indent=2, allow_nan=False),
+        "json": lambda shown: json.dumps(as_dict(shown), indent=2, allow_nan=False),
         "html": as_html,
         "markdown": as_markdown,
         "text": as_text,
     }
-    text = styles[style](document).rstrip("\n")
+    report = styles[style](document).rstrip("\n")
     if output is None:
-        click.echo(text)
+        click.echo(report)
     else:
-        write_text(output, text + "\n")
+        write_text(output, report + "\n")
 
 
 @click.command()

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxforge.cli.options import FORMAT, PATH, write_text
+from onnxforge.cli.options import FORMAT, PATH
 from onnxforge.errors import CheckFailed, OnnxforgeError
 from onnxforge.memory import peak_memory
 from onnxforge.progress import progress
+from onnxforge.storage.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

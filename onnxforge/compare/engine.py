@@ -24,9 +24,11 @@ from onnxforge.compare.gates import Gate, evaluate
 from onnxforge.compare.localize import Half, localize
 from onnxforge.compare.outputs import OutputMeter
 from onnxforge.compare.samples import Data, Sample, fit, samples
+from onnxforge.emulation import computes_in, emulate
 from onnxforge.errors import DataError, RuntimeFailed, SpecError
 from onnxforge.model_io import load
 from onnxforge.runtime.session import ArrayFile, Session, Setup, write_all
+from onnxforge.saving import save
 from onnxforge.walk import scopes
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ values of it are."""
 
 _Feeds = Mapping[str, ArrayFile]
 _MOST = 100  # choices compared as a set
+_PROCESSOR = "CPUExecutionProvider"
 _RANDOM = {
     "Bernoulli",
     "Multinomial",
@@ -61,6 +64,8 @@ class Options:
         top: How many of the best choices are compared as a set.
         gates: Limits to keep.
         localize: Also find out where error enters, on the worst sample.
+        emulate: Run a model that computes in a half type on processors as float32 that is
+            rounded as it is; false leaves to the runtime what it does, if anything.
     """
 
     reference: Setup = field(default_factory=Setup)
@@ -69,6 +74,7 @@ class Options:
     top: int = 5
     gates: Sequence[Gate] = ()
     localize: bool = False
+    emulate: bool = True
 
     def __post_init__(self) -> None:
         """Refuse sets that take too much memory to compare.
@@ -106,9 +112,17 @@ def compare(
         SpecError: A gate or an option names an output that is not in both models.
         RuntimeFailed: onnxruntime is not installed, or a preprocessor fails.
     """
-    sides = _Input(Path(reference)), _Input(Path(candidate))
     wanted = options or Options()
+    setups = wanted.reference, wanted.candidate or wanted.reference
     with tempfile.TemporaryDirectory(prefix="onnxforge-") as folder:
+        sides = (
+            _Input(
+                Path(reference), setups[0], Path(folder, "r.onnx"), emulates=wanted.emulate
+            ),
+            _Input(
+                Path(candidate), setups[1], Path(folder, "c.onnx"), emulates=wanted.emulate
+            ),
+        )
         work = _Work(Path(folder), sides, wanted, progress or (lambda stage, done: None))
         if isinstance(data, Data):
             data = samples(sides[0].model, data, timeout=wanted.reference.timeout)
@@ -116,14 +130,34 @@ def compare(
 
 
 class _Input:
-    """A model file, without its weights."""
+    """A model file, without its weights.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        path: The file.
+        runs: The file that runs in its place, perhaps itself.
+        emulated: The half type that ``runs`` is rounded to in its place, else empty.
+        model: What is in ``runs``.
+    """
+
+    def __init__(self, path: Path, setup: Setup, place: Path, *, emulates: bool) -> None:
+        """Load a model; ``place`` is where its emulation goes if it needs one."""
+        self.path = self.runs = path
+        self.emulated = ""
         self.model = load(path, editable=False)
+        if emulates and all(name == _PROCESSOR for name in setup.providers):
+            self._emulate(place)
         self.inputs = {v.name or "": v for v in self.model.graph.inputs}
         self.needed = {n for n, v in self.inputs.items() if not v.is_initializer()}
         self.outputs = [value.name or "" for value in self.model.graph.outputs]
+
+    def _emulate(self, place: Path) -> None:
+        halves = computes_in(self.model)
+        if halves:
+            emulated = load(self.path)
+            emulate(emulated)
+            save(emulated, place)
+            self.runs, self.model = place, load(place, editable=False)
+            self.emulated = " and ".join(sorted(dtype.name.lower() for dtype in halves))
 
 
 @dataclass(frozen=True)
@@ -171,8 +205,8 @@ class _Work:
     def run(self, drawn: Iterable[Sample]) -> Evidence:
         options = self._options
         setups = options.reference, options.candidate or options.reference
-        first = _Runner(self._reference.path, self._folder / "reference", setups[0])
-        second = _Runner(self._candidate.path, self._folder / "candidate", setups[1])
+        first = _Runner(self._reference, self._folder / "reference", setups[0])
+        second = _Runner(self._candidate, self._folder / "candidate", setups[1])
         staged, expected = self._expected(first, drawn)
         if not staged and not first.failure:
             raise DataError("there are no samples")
@@ -211,6 +245,11 @@ class _Work:
     def _notes(self) -> Iterator[str]:
         for side in (self._reference, self._candidate):
             ops = {node.op_type for scope in scopes(side.model) for node in scope.graph}
+            if side.emulated:
+                yield (
+                    f"{side.path} was emulated: float32 that is rounded as its"
+                    f" {side.emulated} is, which processors do not compute in"
+                )
             if random := ", ".join(sorted(ops & _RANDOM)):
                 yield f"{side.path} draws random numbers ({random}): no two runs are alike"
         for name in self._reference.inputs.keys() - self._candidate.inputs.keys():
@@ -277,11 +316,12 @@ class _Runner:
         failure: Why it did not run to the end, empty if it did.
     """
 
-    def __init__(self, path: Path, folder: Path, setup: Setup) -> None:
+    def __init__(self, side: _Input, folder: Path, setup: Setup) -> None:
         folder.mkdir()
-        self._path = path
+        self._path = side.path
+        self._emulated = side.emulated
         self._setup = setup
-        self._session = Session(path, folder, setup)
+        self._session = Session(side.runs, folder, setup)
         self.failure = ""
 
     def outputs(self, feeds: Iterable[tuple[str, _Feeds]]) -> Generator[_Feeds]:
@@ -319,6 +359,7 @@ class _Runner:
             run_seconds=tuple(session.run_seconds),
             peak_memory=session.peak_memory,
             casts=casts,
+            emulated=self._emulated,
             failure=self.failure,
         )
 

@@ -40,6 +40,8 @@ class Side:
         casts: Inputs that were fed in another type than the reference takes, as text.
         failure: What the runtime said when it failed, the signal it died of, or the time
             limit it was killed at; else empty.
+        emulated: The half type that float32 was rounded to in its place, empty if the model
+            ran itself.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Side:
     peak_memory: int | None
     casts: tuple[str, ...] = ()
     failure: str = ""
+    emulated: str = ""
 
 
 @dataclass(frozen=True)

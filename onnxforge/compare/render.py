@@ -9,7 +9,7 @@ from onnxforge.compare.document import Document, Foreign, remarks, verdict
 from onnxforge.compare.tables import Table, tables
 from onnxforge.text import aligned, printable
 
-__all__ = ["as_markdown", "as_text"]
+__all__ = ["as_markdown", "as_text", "table_as_markdown"]
 
 _ROWS = 20
 _UNFIT = re.compile(r"[`|\\]|^\s*$")  # what a code span in a table cannot hold
@@ -31,11 +31,16 @@ def as_markdown(document: Document) -> str:
     if said := remarks(document):
         lines += ["", *(f"- {label}: {_cell(text)}" for label, text in said)]
     for table in tables(document, _ROWS):
-        header, *rows = (f"| {row} |" for row in _aligned(table, _cell, " | "))
-        rule = "".join("---:|" if right else "---|" for right in table.numeric)
-        lines += ["", f"### {table.title}", "", header, f"|{rule}", *rows]
-        lines += ["", table.note] if table.note else []
+        lines += ["", *table_as_markdown(table)]
     return "\n".join(lines) + "\n"
+
+
+def table_as_markdown(table: Table) -> list[str]:
+    """One table with its title and its note."""
+    header, *rows = (f"| {row} |" for row in _aligned(table, _cell, " | "))
+    rule = "".join("---:|" if right else "---|" for right in table.numeric)
+    note = ["", table.note] if table.note else []
+    return [f"### {table.title}", "", header, f"|{rule}", *rows, *note]
 
 
 def _aligned(table: Table, cell: Callable[[str], str], between: str) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from onnxforge.compare.document import Document, Foreign, names
 from onnxforge.compare.evidence import Evidence, Localization, OutputEvidence
@@ -373,7 +374,7 @@ def _sides(found: Evidence, models: _Models | None) -> Table:
 
 def _files(models: _Models) -> Table:
     rows = [
-        (side, Foreign(path.name), f"{size:,}")
+        (side, Foreign(Path(path).name), f"{size:,}")
         for side, model in zip(("reference", "candidate"), models, strict=True)
         for path, size in model.files.items()
     ]

@@ -1,4 +1,4 @@
-"""float32 to float16, block by block, with the same bits on every processor."""
+"""float32 to float16 and bfloat16, block by block, with the same bits on every processor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxforge.lazy import Scratch
 
-__all__ = ["OVERFLOW", "SMALLEST_NORMAL", "narrow", "narrow_finite"]
+__all__ = ["OVERFLOW", "SMALLEST_NORMAL", "narrow", "narrow_bfloat16", "narrow_finite"]
 
 OVERFLOW = 65520.0
 """From here on float16 rounds to infinity: halfway from 65504, its largest, to 2^16."""
@@ -69,3 +69,25 @@ def narrow_finite(values: np.ndarray, out: np.ndarray) -> None:
     np.copyto(out.view(np.uint16), halves, casting="same_kind")
     with np.errstate(under="ignore"):
         out[subnormal] = values[subnormal]
+
+
+def narrow_bfloat16(values: np.ndarray, out: np.ndarray) -> None:
+    """Round float32 to the nearest bfloat16, ties to even.
+
+    Infinities stay and what is nearer to 2^128 than to the largest bfloat16 becomes infinite.
+    A NaN keeps its sign and upper payload, and its quiet bit is set.
+
+    Args:
+        values: float32, one axis.
+        out: bfloat16 of the same length, is filled.
+    """
+    bits = values.view(np.uint32)
+    buffer = _scratch.take(4 * len(values)).view(np.uint32)
+    np.right_shift(bits, 16, out=buffer)
+    np.bitwise_and(buffer, 1, out=buffer)
+    np.add(buffer, np.uint32(0x7FFF), out=buffer)
+    np.add(buffer, bits, out=buffer)
+    np.right_shift(buffer, 16, out=buffer)
+    np.copyto(out.view(np.uint16), buffer, casting="same_kind")
+    at = np.isnan(values)
+    out.view(np.uint16)[at] = bits[at] >> 16 | 0x40

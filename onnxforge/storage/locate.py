@@ -15,8 +15,11 @@ from onnxforge.lazy import DataFile, FileTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import NoReturn
 
-__all__ = ["DataFolder", "external_numbers", "refuse_unsized"]
+    from onnxforge.storage.remote import Server
+
+__all__ = ["DataFolder", "RemoteFolder", "external_numbers", "refuse_unsized"]
 
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 
@@ -77,15 +80,18 @@ class DataFolder:
                 raise ModelError(f"{what}: {error.strerror}") from None
         return self._files[location]
 
-    def _checked(self, location: str, what: str) -> DataFile:
+    def _refuse_astray(self, location: str, what: str) -> None:
         named = isinstance(location, str) and location and "\0" not in location
         if not named or location.startswith("*/"):
             raise ModelError(f"{what} is not a file name")
         if Path(location).is_absolute() or location.startswith(("/", "\\")):
             raise ModelError(f"{what} is absolute")
-        path = self.folder / location
         if Path(os.path.normpath(location)).parts[:1] == ("..",):
             raise ModelError(f"{what} leaves the folder of the model")
+
+    def _checked(self, location: str, what: str) -> DataFile:
+        self._refuse_astray(location, what)
+        path = self.folder / location
         real = path.resolve(strict=True)
         if not any(real.is_relative_to(root) for root in self._roots):
             raise ModelError(f"{what} leads out of the folder of the model")
@@ -110,6 +116,49 @@ class DataFolder:
                 self._names[folder] = Counter((device, entry.inode()) for entry in entries)
         key = status.st_dev, status.st_ino
         return sum(self._names[folder][key] for folder in folders)
+
+
+class RemoteFolder(DataFolder):
+    """The data files of a model behind an address of http; only their sizes are known.
+
+    Attributes:
+        sizes: What was found, by address.
+    """
+
+    def __init__(self, server: Server) -> None:
+        """Name the folder."""
+        super().__init__("")
+        self._server = server
+        self.sizes: dict[str, int] = {}
+
+    def file(self, name: str, size: int) -> RemoteFile:
+        """A file of a known size."""
+        self.sizes[self._server.address(name)] = size
+        return RemoteFile(Path(name), size)
+
+    def _checked(self, location: str, what: str) -> DataFile:
+        self._refuse_astray(location, what)
+        size = self._server.size(location)
+        if size is None:
+            raise ModelError(f"{what}: no such file")
+        return self.file(location, size)
+
+
+class RemoteFile(DataFile):
+    """A file that cannot be read from here."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Say what is known of it."""
+        self.path = path
+        self.size = size
+
+    def open(self, tensor: str | None = None) -> NoReturn:
+        """Refuse: weights are not read over http.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(f"{self.path}: weights are not read over http")
 
 
 def refuse_unsized(tensor: ir.TensorProtocol) -> None:

@@ -23,7 +23,7 @@ from onnxforge.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["PAYLOAD_BYTES", "Payload", "excise", "splice"]
+__all__ = ["PAYLOAD_BYTES", "FileSlices", "Payload", "Slices", "excise", "splice"]
 
 PAYLOAD_BYTES = 1024
 """Payloads of at least this many bytes stay on disk."""
@@ -47,8 +47,11 @@ class _Malformed(Exception):
     """The bytes are no protobuf message; the caller knows the file."""
 
 
-class _Bytes(Protocol):
-    def __getitem__(self, index: slice) -> bytes: ...
+class Slices(Protocol):
+    """Bytes that are read where they are asked for."""
+
+    def __getitem__(self, index: slice) -> bytes:
+        """The bytes from ``index.start`` to ``index.stop``, fewer at the end."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,19 @@ class Payload:
     field: int = _RAW_DATA
 
 
-class _File:
+class FileSlices:
     """Slices of a file through a small window, so that skipping a payload reads nothing."""
 
     _WINDOW = 1 << 16
 
     def __init__(self, fd: int) -> None:
+        """Take an open descriptor."""
         self._fd = fd
         self._start = 0
         self._window = b""
 
     def __getitem__(self, index: slice) -> bytes:
+        """The bytes from ``index.start`` to ``index.stop``, fewer at the end."""
         start, stop = index.start - self._start, index.stop - self._start
         if start < 0 or stop > len(self._window):
             os.lseek(self._fd, index.start, os.SEEK_SET)
@@ -99,7 +104,7 @@ class _Field:
     end: int
 
 
-def _varint(data: _Bytes, at: int) -> tuple[int, int]:
+def _varint(data: Slices, at: int) -> tuple[int, int]:
     chunk = data[at : at + 10]
     value = 0
     for i, byte in enumerate(chunk):
@@ -122,7 +127,7 @@ def _tag(number: int, wire: int) -> bytes:
     return _encoded(number << 3 | wire)
 
 
-def _fields(data: _Bytes, at: int, end: int) -> Iterator[_Field]:
+def _fields(data: Slices, at: int, end: int) -> Iterator[_Field]:
     while at < end:
         key, start = _varint(data, at)
         wire = key & 7
@@ -148,7 +153,7 @@ class _Rewriter:
     something to replace are opened.
     """
 
-    def __init__(self, data: _Bytes) -> None:
+    def __init__(self, data: Slices) -> None:
         self.data = data
 
     def interesting(self, field: _Field) -> bool:
@@ -211,7 +216,7 @@ _Piece = _Span | _Literal | _Hole
 
 
 class _Excise(_Rewriter):
-    def __init__(self, data: _Bytes, location: str) -> None:
+    def __init__(self, data: Slices, location: str) -> None:
         super().__init__(data)
         self.location = location
         self.payloads: list[Payload] = []
@@ -248,12 +253,14 @@ def _mark(location: str, index: int) -> bytes:
     return entries + _tag(_DATA_LOCATION, _VARINT) + b"\x01"
 
 
-def excise(path: str, fd: int, size: int, location: str) -> tuple[bytes, list[Payload]]:
+def excise(
+    path: str, source: int | Slices, size: int, location: str
+) -> tuple[bytes, list[Payload]]:
     """Read a model file without its large tensor payloads.
 
     Args:
         path: Name of the file, for messages.
-        fd: Open descriptor of the file.
+        source: Open descriptor of the file, or what reads it.
         size: Size of the file in bytes.
         location: The external data location under which payloads are named; must not be
             guessable, as a file could otherwise name payloads itself.
@@ -265,7 +272,7 @@ def excise(path: str, fd: int, size: int, location: str) -> tuple[bytes, list[Pa
     Raises:
         ModelError: The file is no protobuf message.
     """
-    walk = _Excise(_File(fd), location)
+    walk = _Excise(FileSlices(source) if isinstance(source, int) else source, location)
     try:
         pieces = walk.message("model", 0, size) or [_Span(0, size)]
     except _Malformed:
@@ -276,7 +283,7 @@ def excise(path: str, fd: int, size: int, location: str) -> tuple[bytes, list[Pa
     return b"".join(parts), walk.payloads
 
 
-def _content(piece: _Span | _Literal, source: _Bytes) -> bytes:
+def _content(piece: _Span | _Literal, source: Slices) -> bytes:
     return piece.content if isinstance(piece, _Literal) else source[piece.start : piece.end]
 
 

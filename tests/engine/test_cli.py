@@ -451,7 +451,7 @@ WRONG = {
     ),
     "inspect": (["inspect", "none.onnx"], ["none.onnx", "No such file"]),
     "inspect text": (["inspect", "text.onnx"], ["text.onnx", "not an ONNX model"]),
-    "explain a pass": (["explain", "fp16"], ["'fp16'", "did you mean 'fp16w'?"]),
+    "explain a pass": (["explain", "fp16ww"], ["'fp16ww'", "did you mean 'fp16w'?"]),
     "explain a code": (["explain", "OF999"], ["OF999"]),
 }
 

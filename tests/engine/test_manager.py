@@ -567,7 +567,7 @@ def test_the_text_of_a_manager_is_its_pipeline() -> None:
 
 def test_a_wrong_pipeline_is_an_error_at_once() -> None:
     with pytest.raises(SpecError, match="did you mean 'fp16w'"):
-        PassManager("fp16")
+        PassManager("fp16ww")
 
 
 # Passes that run again.

@@ -1,5 +1,6 @@
 """assert-pure: every node outside ai.onnx by its path, and the limits of runtimes."""
 
+import re
 from collections.abc import Iterator
 
 import onnx
@@ -14,7 +15,8 @@ from onnxforge.errors import CheckFailed, SpecError
 from onnxforge.fidelity import difference
 from onnxforge.passes.assert_pure import AssertPureAiOnnx
 from onnxforge.registry import parse
-from onnxforge.runtime.ceilings import NEWEST, OLDEST, Ceiling, ceiling
+from onnxforge.runtime.ceilings import Ceiling, ceiling
+from onnxforge.runtime.kernels import releases
 from support import fixtures
 from support.models import Case, models
 
@@ -249,6 +251,31 @@ def test_a_runtime_limits_ir_and_opset(fixture: str, release: str, codes: list[s
         assert warnings(model, min_ort=release) == []
 
 
+@pytest.mark.parametrize(
+    ("body", "release", "reason"),
+    [
+        ("y = ConvInteger(x, w)", "1.23", "ConvInteger 17 of uint8, int8: no kernel"),
+        ("y = ConvInteger(x, w)", "1.24", None),
+        ("b = Cast <to=16> (x) c = Neg(b) y = Cast <to=6> (c)", "1.32", "Neg 17 of bfloat16"),
+        ("y = foreign.Op(x)", "1.17", None),
+    ],
+)
+def test_a_runtime_needs_a_kernel_for_each_node(
+    body: str, release: str, reason: str | None
+) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17, "foreign" : 1]> g '
+    model = parser.parse_model(
+        f"{text}(uint8[1,1,4,4] x, int8[1,1,2,2] w) => (int32[a,b,c,d] y) {{ {body} }}"
+    )
+    allow = ("foreign",)
+    if reason is None:
+        assert warnings(model, min_ort=release, allow=allow) == []
+        return
+    with pytest.raises(CheckFailed, match=re.escape(reason)) as failed:
+        warnings(model, min_ort=release, allow=allow)
+    assert [finding.code for finding in failed.value.findings] == ["OF108"]
+
+
 def test_the_tighter_limit_is_named() -> None:
     model = onnx.load(fixtures.built("opset_21_int4"))
     with pytest.raises(CheckFailed, match=r"at most 9 \(onnxruntime 1\.17\)"):
@@ -260,8 +287,9 @@ def test_the_tighter_limit_is_named() -> None:
 def test_a_runtime_of_the_future_is_taken_as_the_newest_known() -> None:
     found = warnings(pure(), min_ort="1.99")
     assert [(finding.code, finding.level) for finding in found] == [("OF107", "warning")]
-    assert f"onnxruntime 1.99 is not known yet, the limits are those of {NEWEST}" in str(
-        found[0]
+    assert (
+        f"onnxruntime 1.99 is not known yet, the limits are those of {releases()[-1]}"
+        in str(found[0])
     )
 
 
@@ -285,7 +313,7 @@ def test_options_are_read_and_written() -> None:
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
-        (OLDEST, Ceiling("1.17", 9, 20)),
+        (releases()[0], Ceiling("1.17", 9, 20)),
         ("1.17.0", Ceiling("1.17", 9, 20)),
         ("1.18", Ceiling("1.18", 10, 21)),
         ("1.19.*", Ceiling("1.19", 10, 21)),
@@ -295,9 +323,9 @@ def test_options_are_read_and_written() -> None:
         ("1.23.2", Ceiling("1.23", 11, 23)),
         ("1.24", Ceiling("1.24", 13, 25)),
         ("1.25", Ceiling("1.25", 13, 26)),
-        (NEWEST, Ceiling("1.31", 13, 26)),
-        ("1.32", Ceiling("1.31", 13, 26, is_known=False)),
-        ("2.0", Ceiling("1.31", 13, 26, is_known=False)),
+        ("1.31.1", Ceiling("1.31", 13, 26)),
+        ("1.32", Ceiling("1.32", 14, 28)),
+        ("2.0", Ceiling(releases()[-1], 14, 28, is_known=False)),
     ],
 )
 def test_ceilings_are_those_that_were_measured(version: str, expected: Ceiling) -> None:

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from onnxforge import laws, load
 from onnxforge.calibrate import Options, calibrate
 from onnxforge.compare.samples import Sample
-from onnxforge.core import FILES, Pass
 from onnxforge.errors import DataError, Refused, RuntimeFailed
 from onnxforge.numerics.calibration import Statistics
-from onnxforge.stats_file import Known, write_statistics
+from onnxforge.stats_file import write_statistics
+from onnxforge.testing import give
 from support import fixtures
+
+__all__ = ["STATS", "give", "of_fixture", "of_model", "placed", "taken"]
 
 STATS = "STATS"
 """Stands for the file of a fixture in the text of a pass."""
@@ -69,10 +70,3 @@ def of_model(
 def placed(text: str, name: str) -> str:
     """The text of a pass with the file of a fixture in it."""
     return text.replace(STATS, str(of_fixture(name))) if STATS in text else text
-
-
-def give(step: Pass, model: ir.Model) -> ir.Model:
-    """Hand a model the files that a pass names, as PassManager does."""
-    paths = [getattr(step, option) for option in step.files]
-    model.meta[FILES] = {path: Known.read(Path(path)) for path in paths}
-    return model

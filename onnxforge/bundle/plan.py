@@ -1,0 +1,400 @@
+"""What is up to date, what is to be made, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from onnxforge.bundle.recipe import CALIBRATION, MANIFEST
+from onnxforge.bundle.state import fingerprint
+from onnxforge.errors import OnnxforgeError, SpecError
+from onnxforge.known import BY_HASH, named
+from onnxforge.model_io import files, load
+from onnxforge.options import did_you_mean
+from onnxforge.registry import entries
+from onnxforge.runtime.ceilings import ceiling
+
+if TYPE_CHECKING:
+    from onnxforge.bundle.recipe import Graph, Recipe, Tier, Variant
+    from onnxforge.bundle.state import State
+    from onnxforge.compare.samples import Data
+    from onnxforge.core import Pass
+
+__all__ = ["Plan", "Stage", "Status", "Unit", "needs_calibration", "units"]
+
+Stage = Literal["calibrate", "make", "judge", "publish", "failed", "done"]
+
+_TOOLS = "onnxforge", "onnx", "onnx-ir", "numpy"
+_RUNTIME = "onnxruntime"
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Graphs of a tier that are written together.
+
+    Attributes:
+        tier: The tier.
+        graphs: Names of the graphs; one alone unless they share their data.
+    """
+
+    tier: Tier
+    graphs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Its name, as ``--only`` takes it."""
+        return f"{self.tier.name}/{'*' if self.tier.weights == 'shared' else self.graphs[0]}"
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Its graphs in this tier."""
+        return [self.tier.graphs[name] for name in self.graphs]
+
+    @property
+    def folder(self) -> PurePosixPath:
+        """Where its files are in the bundle."""
+        return self.variants[0].path.parent
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is next for a unit.
+
+    Attributes:
+        stage: What is to be done.
+        reasons: Why; for ``failed`` what does not hold.
+        graphs: Those which it is to be done for.
+        published: Whether what is judged is in its place already.
+    """
+
+    stage: Stage
+    reasons: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ()
+    published: bool = False
+
+
+def units(recipe: Recipe, only: Iterable[str] = ()) -> list[Unit]:
+    """The units of a recipe.
+
+    Args:
+        recipe: The recipe.
+        only: Names of tiers, or ``tier/graph``; all if there are none.
+
+    Raises:
+        SpecError: Something is not in the recipe.
+    """
+    found: list[Unit] = []
+    for tier in recipe.tiers.values():
+        names = tuple(tier.graphs)
+        groups = [names] if tier.weights == "shared" else [(name,) for name in names]
+        found += [Unit(tier, group) for group in groups]
+    wanted = list(only)
+    known = [*recipe.tiers, *(f"{u.tier.name}/{name}" for u in found for name in u.graphs)]
+    for each in wanted:
+        if each not in known:
+            raise SpecError(f"--only {each}: not in the recipe{did_you_mean(each, known)}")
+
+    def is_wanted(unit: Unit) -> bool:
+        names = {unit.tier.name, *(f"{unit.tier.name}/{name}" for name in unit.graphs)}
+        return not wanted or not names.isdisjoint(wanted)
+
+    return [unit for unit in found if is_wanted(unit)]
+
+
+class Plan:
+    """Compares a recipe with what is there."""
+
+    def __init__(self, recipe: Recipe, state: State) -> None:
+        """Take the recipe and what is known from before."""
+        self.recipe = recipe
+        self.state = state
+        self.tools = {name: importlib.metadata.version(name) for name in _TOOLS}
+        self._sources: dict[str, tuple[str, int]] = {}
+        self._hashed: dict[int, list[Any]] = {}
+
+    def source(self, graph: Graph) -> tuple[str, int]:
+        """Hash and size of the files of a source.
+
+        Raises:
+            OnnxforgeError: It cannot be read.
+        """
+        if graph.name not in self._sources:
+            paths = self._files(graph)
+            hashes = self.state.hashes(paths)
+            lines = sorted((path.name, sha) for path, sha in zip(paths, hashes, strict=True))
+            text = "".join(f"{sha}  {name}\n" for name, sha in lines)
+            size = sum(path.stat().st_size for path in paths)
+            sha = hashlib.sha256(text.encode()).hexdigest()
+            self._sources[graph.name] = sha, size
+            self.state.sources[graph.name] |= {"digest": sha, "bytes": size}
+        return self._sources[graph.name]
+
+    def _files(self, graph: Graph) -> list[Path]:
+        """The model file and its data files, which the model file tells."""
+        known, path = self.state.sources.get(graph.name), str(graph.source.absolute())
+        sha = self.state.sha256(graph.source) if graph.source.is_file() else None
+        if known is None or known["sha256"] != sha or known["path"] != path:
+            found = files(load(graph.source, editable=False))
+            known = {
+                "sha256": sha,
+                "path": path,
+                "files": [str(path) for path in found],
+            }
+            self.state.sources[graph.name] = known
+        return [Path(path) for path in known["files"]]
+
+    def statistics_key(self, graph: Graph) -> dict[str, Any]:
+        """What the statistics of a graph depend on."""
+        assert graph.calibration is not None
+        return {
+            "source": self.source(graph)[0],
+            "data": self._samples(graph.calibration.data),
+            "keep": [*graph.calibration.op_types, graph.calibration.rows],
+            "runtime": self.runtime(),
+            "tools": self.tools,
+        }
+
+    def statistics(self, graph: Graph) -> tuple[Path, str] | None:
+        """The file of the statistics of a graph and its hash, None if it is to be made."""
+        known = self.state.statistics.get(graph.name)
+        if known is None or known["key"] != self.statistics_key(graph):
+            return None
+        path = self.statistics_path(graph)
+        return (path, known["sha256"]) if self.state.holds(path, known["sha256"]) else None
+
+    def statistics_path(self, graph: Graph) -> Path:
+        """Where the statistics of a graph go."""
+        key = fingerprint(self.statistics_key(graph))[:12]
+        return self.state.folder / f"{graph.name}.{key}.safetensors"
+
+    def passes(self, graph: Graph, variant: Variant) -> tuple[tuple[Pass, ...], list[Path]]:
+        """The passes of a graph in a tier as they are run, and files of statistics."""
+        paths: list[Path] = []
+        steps: list[Pass] = []
+        for step in variant.passes:
+            given: dict[str, str | tuple[str, ...]] = {}
+            for option, names in named(step).items():
+                found = [self._file(graph, name) for name in names]
+                paths += [path for path, _ in found]
+                hashes = tuple(f"{BY_HASH}{sha}" for _, sha in found)
+                is_one = isinstance(getattr(step, option), str)
+                given[option] = hashes[0] if is_one else hashes
+            steps.append(replace(step, **given) if given else step)
+        return tuple(steps), paths
+
+    def _file(self, graph: Graph, name: str) -> tuple[Path, str]:
+        if name != CALIBRATION:
+            path = self.recipe.path.parent / name
+            return path, self.state.sha256(path)
+        found = self.statistics(graph)
+        assert found is not None
+        return found
+
+    def uncalibrated(self, unit: Unit) -> list[Graph]:
+        """Graphs of a unit whose statistics it needs and nobody has."""
+        return [
+            graph
+            for graph, variant in self._each(unit)
+            if needs_calibration(variant) and self.statistics(graph) is None
+        ]
+
+    def _each(self, unit: Unit) -> list[tuple[Graph, Variant]]:
+        return [(self.recipe.graphs[name], unit.tier.graphs[name]) for name in unit.graphs]
+
+    def key(self, unit: Unit) -> dict[str, Any]:
+        """What the files of a unit depend on, by what a person calls it."""
+        third_parties: dict[str, str | None] = {}
+        pipelines = []
+        for graph, variant in self._each(unit):
+            steps, _ = self.passes(graph, variant)
+            pipelines.append(",".join(str(step.spec(full=True)) for step in steps))
+            names = {step.name for step in steps}
+            third_parties |= {n: v for n, v in self._third_parties.items() if n in names}
+        return {
+            "source": [self.source(graph)[0] for graph, _ in self._each(unit)],
+            "pipeline": pipelines,
+            "layout": [unit.tier.weights, *(str(variant.path) for variant in unit.variants)],
+            "manifest": self.recipe.md5,
+            "toolchain": self.tools | third_parties,
+        }
+
+    def judge_key(self, unit: Unit, name: str) -> str:
+        """What the parity of a graph in a tier depends on, but for its own files."""
+        graph, variant = self.recipe.graphs[name], unit.tier.graphs[name]
+        assert graph.parity is not None
+        return fingerprint(
+            {
+                "source": self.source(graph)[0],
+                "data": self._samples(graph.parity.data),
+                "argmax": dict(graph.parity.argmax),
+                "top": graph.parity.top,
+                "gates": [str(gate) for gate in variant.gates],
+                "runtime": self.runtime(),
+                "tools": self.tools,
+            }
+        )
+
+    def golden_key(self, graph: Graph) -> dict[str, Any]:
+        """What the golden values of a graph depend on."""
+        assert graph.parity is not None
+        return {
+            "source": self.source(graph)[0],
+            "data": self._samples(graph.parity.data),
+            "count": graph.golden,
+            "place": str(self.recipe.golden),
+            "runtime": self.runtime(),
+        }
+
+    def runtime(self) -> list[Any]:
+        """What results of a runtime depend on."""
+        setup = self.recipe.setup
+        return [_version(_RUNTIME), list(setup.providers), setup.threads]
+
+    @functools.cached_property
+    def _third_parties(self) -> dict[str, str | None]:
+        """The packages of passes that are not built in."""
+        return {name: entry.distribution for name, entry in entries().items() if entry.point}
+
+    def _samples(self, data: Data) -> list[Any]:
+        if id(data) not in self._hashed:
+            self._hashed[id(data)] = self._hash(data)
+        return self._hashed[id(data)]
+
+    def _hash(self, data: Data) -> list[Any]:
+        fields = dataclasses.asdict(data)
+        given = [*data.paths, *([data.preprocessor] if data.preprocessor else [])]
+        del fields["paths"], fields["preprocessor"]
+        paths = [file for path in given for file in _inside(path)]
+        names = [path.name for path in paths]
+        hashes = self.state.hashes(paths)
+        return [list(pair) for pair in zip(names, hashes, strict=True)] + [fields]
+
+    def status(self, unit: Unit) -> Status:
+        """What is next for a unit.
+
+        Raises:
+            OnnxforgeError: A source or a sample cannot be read.
+        """
+        if waiting := self.uncalibrated(unit):
+            names = tuple(graph.name for graph in waiting)
+            return Status("calibrate", ("statistics are missing or out of date",), names)
+        key = self.key(unit)
+        published = self.state.published.get(str(unit))
+        reasons = _changes(published, key)
+        if published is not None and not reasons:
+            reasons = self.lost(published, self.recipe.output / unit.folder)
+            if not reasons:
+                return self._judged(unit, published, published=True)
+        staged = self.state.staged.get(str(unit))
+        if staged is None or staged["key"] != key or self.lost(staged, self.staging(unit)):
+            return Status("make", reasons, unit.graphs)
+        return self._judged(unit, staged, published=False)
+
+    def _judged(self, unit: Unit, record: Mapping[str, Any], *, published: bool) -> Status:
+        reasons: list[str] = []
+        pending: list[str] = []
+        for graph, variant in self._each(unit):
+            entry = record["graphs"][graph.name]
+            judged = entry.get("judged")
+            reasons += [f"{graph.name}: {reason}" for reason in self._beyond(entry)]
+            if graph.parity is None or not variant.passes:
+                continue
+            if judged is None or judged["key"] != self.judge_key(unit, graph.name):
+                pending.append(graph.name)
+            else:
+                reasons += [f"{graph.name}: {reason}" for reason in judged["reasons"]]
+        if pending:
+            why = ("parity is unknown or out of date",)
+            return Status("judge", why, tuple(pending), published)
+        if reasons:
+            return Status("failed", tuple(reasons))
+        return Status("done" if published else "publish")
+
+    def _beyond(self, entry: Mapping[str, Any]) -> Iterator[str]:
+        """Why the oldest runtime that the bundle is meant for does not load a model."""
+        for oldest in self.recipe.targets.onnxruntime[:1]:
+            most = ceiling(oldest)
+            for what, seen, limit in (
+                ("IR", entry["ir_version"], most.max_ir),
+                ("opset", entry["opsets"].get("ai.onnx", 0), most.max_opset),
+            ):
+                if seen > limit:
+                    yield f"is {what} {seen}, and onnxruntime {oldest} loads {limit} at most"
+
+    def lost(self, record: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+        """Files of a unit that are not there, or not as they were."""
+        return tuple(
+            f"{name} is missing or changed"
+            for graph in record["graphs"].values()
+            for name, file in graph["files"].items()
+            if not self.state.holds(folder / name, file["sha256"])
+        )
+
+    def claim(self, paths: Iterable[Path], *, force: bool) -> None:
+        """Note, before it happens, that files are about to be put into the bundle.
+
+        Args:
+            paths: The files.
+            force: Claim what no build of this recipe put there as well.
+
+        Raises:
+            OnnxforgeError: There is such a file, and ``force`` is off.
+        """
+        for path in paths:
+            place = path.relative_to(self.recipe.output).as_posix()
+            known = place in self.state.claims or force
+            if not known and os.path.lexists(path) and not self._is_listed(place, path):
+                raise OnnxforgeError(f"{path}: is not of this recipe; --force replaces it")
+            self.state.claims[place] = True
+        self.state.save()
+
+    def _is_listed(self, place: str, path: Path) -> bool:
+        return place in self._listed and self.state.holds(path, self._listed[place])
+
+    @functools.cached_property
+    def _listed(self) -> dict[str, str]:
+        """The hashes in the manifest that is there: what was known may have been lost."""
+        try:
+            text = (self.recipe.output / MANIFEST).read_text(encoding="utf-8")
+            found = json.loads(text)["files"]
+            return {str(name): str(file["sha256"]) for name, file in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def staging(self, unit: Unit) -> Path:
+        """Where a unit is made."""
+        return self.state.folder / "staged" / str(unit).replace("*", "shared")
+
+
+def needs_calibration(variant: Variant) -> bool:
+    """Whether a pipeline names the statistics of the graph at hand."""
+    return any(
+        getattr(step, option) == CALIBRATION
+        for step in variant.passes
+        for option in step.files
+    )
+
+
+def _changes(record: Mapping[str, Any] | None, key: Mapping[str, Any]) -> tuple[str, ...]:
+    if record is None:
+        return ("missing",)
+    before = record["key"]
+    return tuple(f"{name} changed" for name in key if key[name] != before.get(name))
+
+
+def _inside(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

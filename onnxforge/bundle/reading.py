@@ -1,0 +1,292 @@
+"""Reading a recipe; what is wrong with it is told at file and line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
+
+from onnxforge.bundle.recipe import (
+    CALIBRATION,
+    MANIFEST,
+    METADATA,
+    PARITY,
+    Calibration,
+    Extra,
+    Graph,
+    Parity,
+    Recipe,
+    Targets,
+    Tier,
+    Variant,
+    Weights,
+)
+from onnxforge.bundle.toml import Table, read
+from onnxforge.compare.gates import Gate, Metric
+from onnxforge.compare.samples import Cache, Data
+from onnxforge.core import Pass
+from onnxforge.options import did_you_mean
+from onnxforge.registry import parse
+from onnxforge.runtime.ceilings import ceiling
+from onnxforge.runtime.session import Setup
+
+__all__ = ["read_recipe"]
+
+_IN_PYPROJECT = ("tool", "onnxforge", "bundle")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_BRACES = re.compile(r"\{(.*?)\}|[{}]")
+_ROWS = 256
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read ``onnxforge.toml``, or the table ``[tool.onnxforge.bundle]`` of a pyproject.toml.
+
+    Args:
+        path: The file.
+
+    Raises:
+        SpecError: Something in it is wrong; the message begins with file and line.
+    """
+    table = read(path, *(_IN_PYPROJECT if path.name == "pyproject.toml" else ()))
+    name = _named(table, table.text("name"), "name")
+    folder = path.parent
+    graphs = {key: _graph(key, each) for key, each in _graphs(table)}
+    tiers = {key: _tier(key, each, table, graphs) for key, each in _tiers(table)}
+    recipe = Recipe(
+        path=path,
+        name=name,
+        output=folder / table.text("output", "bundle"),
+        work=folder / table.text("work", ".onnxforge") / name,
+        license=table.text("license", None),
+        md5=table.flag("md5", False),
+        golden=_place(table, "golden", table.text("golden", "golden")),
+        setup=_setup(table.table("run")),
+        targets=_targets(table.table("targets"), tiers),
+        graphs=graphs,
+        tiers=tiers,
+        extras=tuple(_extra(each) for each in table.tables("files", "source")),
+    )
+    table.close()
+    _refuse_collisions(recipe, table)
+    return recipe
+
+
+def _graphs(table: Table) -> Iterator[tuple[str, Table]]:
+    inside = table.table("graphs")
+    if not inside.content:
+        table.fail("lacks graphs: [graphs.NAME] with a source for each")
+    for key, each in inside.entries():
+        _named(each, key)
+        yield key, each
+
+
+def _tiers(table: Table) -> Iterator[tuple[str, Table]]:
+    inside = table.table("tiers")
+    if not inside.content:
+        table.fail("lacks tiers: [tiers.NAME] with a pipeline for each")
+    for key, each in inside.entries():
+        _named(each, key)
+        yield key, each
+
+
+def _named(table: Table, name: str, key: str | None = None) -> str:
+    if not _NAME.fullmatch(name):
+        table.fail(f"{name!r} is no name: letters, digits and ._- make one", key)
+    return name
+
+
+def _graph(name: str, table: Table) -> Graph:
+    source = table.file("source")
+    if source is None:
+        table.fail("lacks the key 'source'")
+    parity = _parity(table.table("parity")) if "parity" in table.content else None
+    golden = table.whole("golden", 0)
+    if golden and parity is None:
+        table.fail("golden values are made of the samples of parity, which it lacks", "golden")
+    calibration = None
+    if "calibration" in table.content:
+        calibration = _calibration(table.table("calibration"))
+    table.close()
+    return Graph(name, source, calibration, parity, golden)
+
+
+def _parity(table: Table) -> Parity:
+    axes = table.table("argmax")
+    argmax = {}
+    for output in axes.content:
+        axis = axes.content[output]
+        if not isinstance(axis, int) or isinstance(axis, bool):
+            axes.fail(f"wanted an axis, such as -1, not {axis!r}", output)
+        argmax[output] = axis
+    top = table.whole("top", 5)
+    if not 1 <= top <= 100:
+        table.fail(f"wanted 1 to 100 choices, not {top}", "top")
+    return Parity(_data(table), argmax, top)
+
+
+def _calibration(table: Table) -> Calibration:
+    op_types = table.texts("op-types", ("MatMul", "Gemm"))
+    rows = table.whole("rows", _ROWS)
+    return Calibration(_data(table), op_types, rows)
+
+
+def _data(table: Table) -> Data:
+    sizes = table.table("sizes")
+    lengths = {name: sizes.whole(name) for name in sizes.content}
+    cache = table.text("cache", None)
+    if cache not in (None, *get_args(Cache)):
+        table.fail(f"wanted {' or '.join(get_args(Cache))}, not {cache!r}", "cache")
+    fields: dict[str, Any] = {
+        "paths": table.files("data"),
+        "preprocessor": table.file("preprocessor"),
+        "seconds": table.real("seconds", None),
+        "rate": table.whole("rate", 16000),
+        "count": table.whole("random", 0),
+        "seed": table.whole("seed", 0),
+    }
+    table.close()
+    if not fields["paths"] and not fields["count"]:
+        table.fail("has no samples: data names files, random draws some")
+    with table.about():
+        return Data(**fields, sizes=lengths, cache=cache)
+
+
+def _tier(name: str, table: Table, root: Table, graphs: Mapping[str, Graph]) -> Tier:
+    weights = table.text("weights", "keep")
+    if weights not in get_args(Weights):
+        table.fail(f"wanted one of {', '.join(get_args(Weights))}, not {weights!r}", "weights")
+    layout = _layout(table if "layout" in table.content else root)
+    passes, gates = _passes(table), _gates(table)
+    overrides = table.table("graphs")
+    for key in overrides.content:
+        if key not in graphs:
+            overrides.fail(f"there is no such graph{did_you_mean(key, graphs)}", key)
+    variants = {}
+    for graph in graphs.values():
+        place = PurePosixPath(layout.replace("{tier}", name).replace("{graph}", graph.name))
+        own = overrides.table(graph.name)
+        mine = own if "pipeline" in own.content else table
+        variant = Variant(
+            place,
+            _passes(own) if mine is own else passes,
+            _gates(own) if "gates" in own.content else gates,
+        )
+        own.close()
+        _refuse_impossible(graph, variant, mine)
+        variants[graph.name] = variant
+    table.close()
+    if weights == "shared" and len({variant.path.parent for variant in variants.values()}) > 1:
+        table.fail("graphs that share data go into one folder", "weights")
+    return Tier(name, weights, variants)
+
+
+def _passes(table: Table) -> tuple[Pass, ...]:
+    text = table.text("pipeline", "")
+    with table.about("pipeline"):
+        return parse(text) if text.strip() else ()
+
+
+def _refuse_impossible(graph: Graph, variant: Variant, table: Table) -> None:
+    """Refuse a pipeline that wants statistics which the graph has not, gates likewise."""
+    named = [getattr(step, option) for step in variant.passes for option in step.files]
+    if CALIBRATION in named and graph.calibration is None:
+        table.fail(f"{graph.name!r} has no calibration for {CALIBRATION}", "pipeline")
+    if variant.gates and variant.passes and graph.parity is None:
+        table.fail(f"{graph.name!r} has no parity, which gates need", "gates")
+
+
+def _layout(table: Table) -> str:
+    layout = str(table.text("layout", "{tier}/{graph}.onnx"))
+    for match in _BRACES.finditer(layout):
+        if match[0] not in ("{tier}", "{graph}"):
+            table.fail(f"{match[0]!r} stands for nothing: {{tier}} and {{graph}} do", "layout")
+    if "{graph}" not in layout or not layout.endswith(".onnx"):
+        table.fail("wanted a path with {graph} in it that ends with .onnx", "layout")
+    _place(table, "layout", layout)
+    return layout
+
+
+def _place(table: Table, key: str, text: str) -> PurePosixPath:
+    """A path in the bundle."""
+    path = PurePosixPath(text)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in text:
+        table.fail(f"{text!r} is no place in the bundle: wanted a path such as a/b", key)
+    return path
+
+
+def _gates(table: Table) -> tuple[Gate, ...]:
+    inside = table.table("gates")
+    gates = []
+    metrics: tuple[Metric, ...] = get_args(Metric)
+    for name in metrics:
+        if isinstance(inside.content.get(name), dict):
+            outputs = inside.table(name)
+            gates += [Gate(name, outputs.real(key), key) for key in outputs.content]
+        elif (limit := inside.real(name, None)) is not None:
+            gates.append(Gate(name, limit))
+    inside.close()
+    return tuple(gates)
+
+
+def _setup(table: Table) -> Setup:
+    providers = table.texts("providers", Setup.providers)
+    threads = table.whole("threads", 1)
+    timeout = table.real("timeout", None)
+    table.close()
+    with table.about():
+        return Setup(providers, threads, timeout=timeout)
+
+
+def _targets(table: Table, tiers: Mapping[str, Tier]) -> Targets:
+    releases = {}
+    for text in table.texts("onnxruntime"):
+        with table.about("onnxruntime"):
+            ceiling(text)
+        major, minor = text.split(".")[:2]
+        releases[int(major), int(minor)] = f"{major}.{minor}"
+    browser = table.texts("browser")
+    for name in browser:
+        if name not in tiers:
+            table.fail(f"there is no tier {name!r}{did_you_mean(name, tiers)}", "browser")
+    providers = table.texts("providers")
+    table.close()
+    return Targets(tuple(releases[key] for key in sorted(releases)), providers, browser)
+
+
+def _extra(table: Table) -> Extra:
+    source = table.file("source")
+    if source is None:
+        table.fail("lacks the key 'source'")
+    path = _place(table, "path", table.text("path", source.name))
+    link = table.flag("link", False)
+    table.close()
+    return Extra(source, path, link)
+
+
+def _refuse_collisions(recipe: Recipe, table: Table) -> None:
+    """Refuse two files in one place, on file systems without upper and lower case as well."""
+    taken = {text.lower(): "the bundle itself" for text in (METADATA, MANIFEST, PARITY)}
+    shared: dict[str, str] = {}
+    for tier, graph, variant in recipe.variants:
+        _take(
+            table.table("tiers"), tier.name, taken, variant.path, f"{tier.name}/{graph.name}"
+        )
+        folder = str(variant.path.parent).lower()
+        if tier.weights == "shared" and shared.setdefault(folder, tier.name) != tier.name:
+            inside = table.table("tiers")
+            inside.fail(f"shares data in the folder of tier {shared[folder]!r}", tier.name)
+        if recipe.is_source(graph, variant) and variant.passes:
+            table.table("tiers").fail(f"{variant.path} would replace its source", tier.name)
+    for number, extra in enumerate(recipe.extras):
+        inside = table.tables("files", "source")[number]
+        _take(inside, None, taken, extra.path, str(extra.source.name))
+
+
+def _take(
+    table: Table, key: str | None, taken: dict[str, str], path: PurePosixPath, who: str
+) -> None:
+    name = str(path).lower()
+    if name in taken:
+        table.fail(f"{path} is the place of {taken[name]}", key)
+    taken[name] = who

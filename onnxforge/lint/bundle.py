@@ -1,0 +1,142 @@
+"""Models that belong together: the tiers of a bundle, and the graphs of each."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from onnxforge.errors import ModelError
+from onnxforge.lint.model import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnxforge.lint.files import Files
+
+__all__ = ["MANIFEST", "METADATA", "Bundle", "bundle", "is_reduced", "is_tier"]
+
+MANIFEST, METADATA = "manifest.json", "metadata.json"
+
+_WORD = r"(?:sq-?|smoothquant-?|dynamic-?|static-?)?(?:fp32|fp16w?|bf16w?|u?int[48]w?)"
+_TIER = re.compile(rf"{_WORD}|q[48](?:f16)?|bnb4|quantized|browser", re.IGNORECASE)
+_FULL = ("", "fp32", "browser")
+
+
+class Bundle:
+    """Models in one place, and the files around them.
+
+    Attributes:
+        files: All files.
+        models: The models that are looked at.
+        others: Models that stand beside them, and may own parts of the same data files.
+        whole: Whether everything that belongs to the bundle is in it; false for single files.
+        in_folders: Whether tiers are folders; else their names end the names of files.
+    """
+
+    def __init__(self, files: Files, models: Sequence[Model], *, whole: bool) -> None:
+        """Sort the models into tiers."""
+        self.files = files
+        self.models = models
+        self.whole = whole
+        self.others: Sequence[Model] = ()
+        self.in_folders = _sort(models, set(self._said_tiers))
+
+    @functools.cached_property
+    def tiers(self) -> Mapping[str, Mapping[str, Model]]:
+        """The graphs of each tier by stem; models outside of all tiers are left out."""
+        found: dict[str, dict[str, Model]] = defaultdict(dict)
+        for model in self.models:
+            if model.tier or not self.in_folders:
+                found[model.tier][model.stem] = model
+        return found if len(found) > 1 else {}
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether it is more than a model or two in a folder: it has tiers, or says so."""
+        return self.whole and bool(
+            self.tiers or {MANIFEST, METADATA} & self.files.names.keys()
+        )
+
+    @functools.cached_property
+    def manifest(self) -> Any:
+        """What the list of hashes says; None without one, text for what is wrong with it."""
+        return self._json(MANIFEST)
+
+    @functools.cached_property
+    def metadata(self) -> Any:
+        """What the bundle says of itself; None without it, text for what is wrong with it."""
+        return self._json(METADATA)
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """The same where it is in the form of onnxforge, else empty."""
+        found = self.metadata if self.whole else None
+        if isinstance(found, dict) and found.get("schema") == 1 and "tiers" in found:
+            return found
+        return {}
+
+    def _json(self, name: str) -> Any:
+        if not self.whole or name not in self.files.names:
+            return None
+        try:
+            return json.loads(self.files.read(name).decode())
+        except ModelError as error:
+            return str(error)
+        except (ValueError, RecursionError) as error:
+            return f"is no JSON: {error}"
+
+    @property
+    def _said_tiers(self) -> Sequence[str]:
+        tiers = self.said.get("tiers")
+        return list(tiers) if isinstance(tiers, dict) else []
+
+
+def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:
+    """The models of some names as a bundle."""
+    found = Bundle(files, [Model(files, name) for name in names], whole=whole)
+    if not whole:
+        beside = [n for n in files.names if n.endswith(".onnx") and n not in names]
+        found.others = [Model(files, name) for name in beside]
+    return found
+
+
+def is_tier(folder: str) -> bool:
+    """Whether the last part of a folder names a tier."""
+    return _TIER.fullmatch(folder.rstrip("/").rpartition("/")[2]) is not None
+
+
+def is_reduced(tier: str) -> bool:
+    """Whether the name of a tier promises smaller weights."""
+    return tier.lower() not in _FULL and _TIER.fullmatch(tier) is not None
+
+
+def _sort(models: Sequence[Model], said: set[str]) -> bool:
+    """Give each model its tier and its stem; whether tiers are folders."""
+    folders = {_folder(model) for model in models}
+    tiers = {folder for folder in folders if _TIER.fullmatch(folder) or folder in said}
+    for model in models:
+        folder = _folder(model)
+        if folder in tiers:
+            model.tier = folder
+        elif not tiers:
+            model.stem, model.tier = _split(model.stem, said)
+    return bool(tiers)
+
+
+def _folder(model: Model) -> str:
+    """The name of the folder that a model is in."""
+    root = model.files.local("")
+    above = model.files.root if root is None else root.resolve().as_posix()
+    return f"{above.rstrip('/')}/{model.folder}".rstrip("/").rpartition("/")[2]
+
+
+def _split(stem: str, said: set[str]) -> tuple[str, str]:
+    """A stem without its tier, and the tier: the longest ending that names one."""
+    for sign in re.finditer(r"(?<=.)[-_.]", stem):
+        word = stem[sign.end() :]
+        if _TIER.fullmatch(word) or word in said:
+            return stem[: sign.start()], word
+    return stem, ""

@@ -1,0 +1,173 @@
+"""Lint: rules, applied to models and to bundles."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from onnxforge.errors import OnnxforgeError
+from onnxforge.lint.bundle import MANIFEST, Bundle, bundle, is_tier
+from onnxforge.lint.config import Options, matches
+from onnxforge.lint.files import LocalFiles
+from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
+from onnxforge.lint.rules import RULES
+from onnxforge.runtime.ceilings import OLDEST
+from onnxforge.storage.remote import is_address
+
+if TYPE_CHECKING:
+    from onnxforge.lint.model import Model
+
+__all__ = ["lint"]
+
+_MODEL = ".onnx"
+
+
+def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None) -> Report:
+    """Look for what is wrong with models and bundles; writes nothing.
+
+    Args:
+        paths: Model files, folders, and http addresses of either. The models of a folder are
+            a bundle.
+        options: What to look for.
+
+    Raises:
+        OnnxforgeError: A path is not there, or an option means nothing.
+    """
+    options = options or Options()
+    options.refuse_unknown(RULES)
+    active = [(rule, level) for rule in RULES if (level := options.level(rule)) != "off"]
+    findings: list[Finding] = []
+    notes: dict[str, None] = {}
+    models: list[str] = []
+    for found in _bundles(paths, options):
+        models += [found.files.shown(model.name) for model in found.models]
+        run = _Run(found, _claimed(found, options))
+        for rule, level in active:
+            findings += run.findings(rule, cast("Level", level))
+        notes |= dict.fromkeys(run.notes)
+    findings.sort(key=lambda finding: (finding.path, finding.code))
+    return Report(findings, list(notes), models)
+
+
+def _claimed(found: Bundle, options: Options) -> Options:
+    """The options, with the oldest runtime that a bundle says it is for if they name none."""
+    targets = found.said.get("targets")
+    releases = targets.get("onnxruntime") if isinstance(targets, dict) else None
+    if options.min_ort is not None or not isinstance(releases, list):
+        return options
+    known = [text for text in map(str, releases) if re.fullmatch(r"\d+\.\d+", text)]
+    oldest = min(known, key=_number, default=None)
+    if oldest is not None:  # of older ones than those in the tables nothing is known
+        oldest = max(oldest, OLDEST, key=_number)
+    return replace(options, min_ort=oldest)
+
+
+def _number(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
+
+
+class _Run:
+    """The rules on one bundle."""
+
+    def __init__(self, found: Bundle, options: Options) -> None:
+        self._bundle = found
+        self._options = options
+        self.notes: list[str] = []
+
+    def findings(self, rule: Rule, level: Level) -> Iterator[Finding]:
+        """What a rule finds in the models or in the bundle as a whole."""
+        if rule.reads and not self._may_read(rule):
+            return
+        if rule.of == "bundle":
+            yield from self._told(rule, level, None, rule.check(self._bundle, self._options))
+            return
+        for model in self._bundle.models:
+            if model.broken is None or rule.code == "OF410":
+                problems = rule.check(model, self._options)
+                yield from self._told(rule, level, model, problems)
+
+    def _may_read(self, rule: Rule) -> bool:
+        reason = "not with --no-hash" if not self._options.hash else None
+        if reason is None and self._bundle.files.local("") is None:
+            reason = "not over http"
+        if reason is not None:
+            text = f"{rule.code} {rule.name} reads whole files, {reason}"
+            self.notes.append(f"{self._bundle.files.root}: {text}")
+        return reason is None
+
+    def _told(
+        self, rule: Rule, level: Level, model: Model | None, problems: Iterable[Problem]
+    ) -> Iterator[Finding]:
+        for problem in problems:
+            name = problem.file if problem.file is not None else model.name if model else ""
+            path = self._bundle.files.shown(name)
+            if not self._options.ignores(rule, path):
+                own = min(level, problem.level, key=_LEVELS.index) if problem.level else level
+                text = (problem.where, problem.message, problem.passes)
+                yield Finding(rule.code, rule.name, own, path, *text)
+
+
+_LEVELS: list[Any] = ["info", "warning", "error"]
+
+
+def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Iterator[Bundle]:
+    """What paths mean: each folder a bundle, files of one folder together."""
+    alone: dict[Path, list[str]] = defaultdict(list)
+    for given in paths:
+        path = Path(given)
+        if is_address(given):
+            from onnxforge.lint.remote import at_address
+
+            files, names, whole = at_address(str(given))
+            yield bundle(files, names, whole=whole)
+        elif path.is_dir():
+            yield from _folder(path, options)
+        elif path.exists():
+            alone[path.parent].append(path.name)
+        else:
+            raise OnnxforgeError(f"{path}: no such file or folder")
+    for folder, names in alone.items():
+        yield bundle(LocalFiles(folder, deep=False), list(dict.fromkeys(names)), whole=False)
+
+
+def _folder(path: Path, options: Options) -> Iterator[Bundle]:
+    """The bundles below a folder."""
+    files = LocalFiles(path)
+    found: dict[str, list[str]] = defaultdict(list)
+    roots = _roots([name for name in files.names if name.endswith(_MODEL)], files.names)
+    for name, root in roots.items():
+        shown = files.shown(name)
+        if not any(matches(shown, pattern) for pattern in options.exclude):
+            found[root].append(name[len(root) :])
+    if not roots:
+        raise OnnxforgeError(f"{path}: no model (*{_MODEL}) in it")
+    for root, names in found.items():
+        below = LocalFiles(path / root) if root else files
+        yield bundle(below, names, whole=True)
+
+
+def _roots(models: Iterable[str], names: Container[str]) -> dict[str, str]:
+    """The folder of the bundle that each model belongs to, with a slash at its end.
+
+    That is the folder that holds the folders of tiers, or the list of hashes; else the folder
+    of the model itself.
+    """
+    folders = {name: name[: name.rfind("/") + 1] for name in models}
+    parents = {_parent(folder) for folder in folders.values() if is_tier(folder)}
+    found = {}
+    for name, folder in folders.items():
+        above = folder
+        while above not in parents and f"{above}{MANIFEST}" not in names and above:
+            above = _parent(above)
+        marked = above in parents or f"{above}{MANIFEST}" in names
+        found[name] = above if marked else folder
+    return found
+
+
+def _parent(folder: str) -> str:
+    return folder[: folder.rstrip("/").rfind("/") + 1]

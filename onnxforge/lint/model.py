@@ -1,0 +1,167 @@
+"""A model as rules see it: its header, its graphs, its place in a bundle."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnxforge.errors import ModelError
+from onnxforge.lint.held import Held, held
+from onnxforge.lint.view import graphs
+from onnxforge.storage import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from onnxforge.lint.files import Files
+    from onnxforge.lint.view import Graph, Node, Tensor
+
+__all__ = ["Header", "Model"]
+
+_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Header:
+    """A model file without its large tensors.
+
+    Attributes:
+        proto: The model.
+        payloads: Where what was taken out lies in the file.
+        location: How tensors are marked that something was taken out of.
+    """
+
+    proto: onnx.ModelProto
+    payloads: Sequence[wire.Payload]
+    location: str
+
+    @classmethod
+    def read(cls, files: Files, name: str) -> Header:
+        """Read the header of a file.
+
+        Raises:
+            ModelError: The file is no model; the message does not name it.
+        """
+        size = files.size(name)
+        if size is None:
+            raise ModelError("no such file")
+        location = secrets.token_hex(16)
+        with files.slices(name) as content:
+            if content[0 : min(size, len(_POINTER))] == _POINTER:
+                raise ModelError("is a pointer of Git LFS, not the model: run git lfs pull")
+            skeleton, payloads = wire.excise("", content, size, location)
+        try:
+            proto = onnx.ModelProto.FromString(skeleton)
+        except DecodeError:
+            raise ModelError("not an ONNX model (damaged protobuf)") from None
+        if not proto.HasField("graph"):
+            raise ModelError("not an ONNX model (it holds no graph)")
+        if any(isinstance(text, bytes) for text in _texts(proto)):
+            raise ModelError("a name in it is no text (UTF-8)")
+        return cls(proto, payloads, location)
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """What should be text, and is bytes where it cannot be decoded."""
+    yield from (proto.producer_name, proto.producer_version, proto.domain)
+    for entry in proto.metadata_props:
+        yield from (entry.key, entry.value)
+    yield from (entry.domain for entry in proto.opset_import)
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    while waiting:
+        graph = waiting.pop()
+        yield from _named(graph)
+        for node in graph.node:
+            yield from (node.name, node.domain, node.op_type, *node.input, *node.output)
+            for attribute in node.attribute:
+                waiting += [attribute.g] if attribute.HasField("g") else []
+                waiting += attribute.graphs
+
+
+def _named(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[object]:
+    yield graph.name
+    if isinstance(graph, onnx.FunctionProto):
+        yield from (graph.domain, *graph.input, *graph.output)
+        return
+    for tensor in graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name
+
+
+class Model:
+    """A model file of a bundle.
+
+    Attributes:
+        files: The files it is among.
+        name: Its name among them.
+        stem: The graph it is, without what names the tier.
+        tier: The tier it is of, empty where nothing names one.
+    """
+
+    def __init__(self, files: Files, name: str, stem: str = "", tier: str = "") -> None:
+        """Name the file; it is read when something of it is asked for."""
+        self.files = files
+        self.name = name
+        self.stem = stem or name.rpartition("/")[2].removesuffix(".onnx")
+        self.tier = tier
+
+    @functools.cached_property
+    def _read(self) -> Header | str:
+        try:
+            return Header.read(self.files, self.name)
+        except ModelError as error:
+            return str(error).removeprefix(": ")
+
+    @property
+    def broken(self) -> str | None:
+        """Why it cannot be read, None if it can."""
+        return self._read if isinstance(self._read, str) else None
+
+    @property
+    def header(self) -> Header:
+        """What the file says; ask only a model that is not broken."""
+        assert isinstance(self._read, Header), "a broken model has no header"
+        return self._read
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The model, its large tensors without their bytes."""
+        return self.header.proto
+
+    @functools.cached_property
+    def graphs(self) -> list[Graph]:
+        """All its graphs, the main one first."""
+        return graphs(self.proto, self.header.payloads, self.header.location)
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """All its nodes, those of outer graphs first."""
+        return (node for graph in self.graphs for node in graph.nodes)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All its tensors."""
+        return [tensor for graph in self.graphs for tensor in graph.tensors]
+
+    @functools.cached_property
+    def held(self) -> list[Held]:
+        """Those of its tensors that lie in data files."""
+        return held(self)
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, str]:
+        """What it says of itself."""
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+    @property
+    def folder(self) -> str:
+        """The folder it is in, with a slash at its end, empty for the root."""
+        return self.name[: self.name.rfind("/") + 1]

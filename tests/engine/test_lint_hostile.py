@@ -1,0 +1,105 @@
+"""Damaged and hostile models, lists and metadata: told as findings, or refused in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from onnxforge.errors import OnnxforgeError
+from onnxforge.lint import Options, lint
+from onnxforge.lint.render import FORMATS
+from support import faultless, fixtures, hostile
+from support.hostile import REFUSED, WORKS, Refused, Works
+
+# Functions that double with each call are refused for their size, which no rule is about.
+ROWS = {k: row for k, row in REFUSED.items() if not row.unprivileged and k != "doubling"}
+
+SLOW = {"100,000 nodes", "20,000 tensors in 500 files"}  # ten seconds, nothing else in them
+ODD = {k: row for k, row in WORKS.items() if k not in SLOW}
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links, pipes and forks of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_what_is_refused_has_a_finding(row: Refused) -> None:
+    with hostile.built(row.build) as (_, path), contextlib.suppress(OnnxforgeError):
+        report = lint([path], Options(min_ort="1.17", browser=True))
+        assert [f for f in report.findings if f.level == "error"]
+        for form in FORMATS.values():
+            form(report)
+
+
+@posix
+@pytest.mark.parametrize("row", ODD.values(), ids=ODD.keys())
+def test_what_is_odd_and_works_is_looked_at(row: Works) -> None:
+    harmless = {"unused-import", "orphaned-bytes", "overlapping-data", "unsorted"}
+    with hostile.built(row.build) as (_, path):
+        found = {f.rule for f in lint([path]).findings}
+    assert found <= harmless | {"dead-node", "missing-import"}
+
+
+@settings(suppress_health_check=list(HealthCheck), max_examples=150)
+@given(st.sampled_from(fixtures.names()), st.data())
+def test_a_damaged_model_never_ends_lint(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"lint-{name}"
+    path = folder / f"{name}.onnx" if folder.exists() else fixtures.copied(name, folder)
+    content = bytearray(fixtures.built(name).read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    FORMATS["text"](lint([path], Options(min_ort="1.17", browser=True)))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+def replaced(found: Any, steps: list[int], value: Any) -> Any:
+    """Plain data in which one part, reached by choices, is another."""
+    found = copy.deepcopy(found)
+    at, last = found, None
+    for step in steps:
+        if not isinstance(at, dict | list) or not at:
+            break
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        last = at, keys[step % len(keys)]
+        at = at[last[1]]
+    if last is None:
+        return value
+    last[0][last[1]] = value
+    return found
+
+
+@settings(suppress_health_check=list(HealthCheck), max_examples=150)
+@given(st.sampled_from(["metadata.json", "manifest.json"]), st.lists(st.integers(0, 9)), JSON)
+def test_damaged_metadata_never_end_lint(
+    tmp_path_factory: pytest.TempPathFactory, name: str, steps: list[int], value: Any
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "lint-json"
+    if not root.exists():
+        faultless.clean(root)
+    good = (root / name).read_text()
+    (root / name).write_text(json.dumps(replaced(json.loads(good), steps, value)))
+    try:
+        lint([root], Options(hash=False, ignore=("OF450", "OF451")))
+    finally:
+        (root / name).write_text(good)
+
+
+def test_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OnnxforgeError):
+        lint([tmp_path / "none.onnx"])
