@@ -247,6 +247,7 @@ def _executed(models: Sequence[Path], scratch: Path) -> list[dict[str, int]]:
 def table(rows: list[Row]) -> Iterator[str]:
     """The markdown table, and below it what no column holds."""
     heads = ["tier", "MB", "integer products", "SQNR dB", "worst", "cosine", "worst"]
+    heads += ["not float, same"]
     heads += ["seen: SQNR dB", "worst", "cosine", "ms", "to fp32"]
     heads += ["to ort plain", "to ort excluding"]
     yield f"| {' | '.join(heads)} |"
@@ -270,7 +271,7 @@ def _cells(row: Row) -> list[str]:
     cells = [f"{integers} of {sum(row.products.values())}"]
     assert made.distance is not None, "it did not fail"
     cells += [f"{made.distance.sqnr_db:.2f}", f"{made.worst:.2f}"]
-    cells += [f"{made.distance.cosine:.5f}", f"{made.cosine:.5f}"]
+    cells += [f"{made.distance.cosine:.5f}", f"{made.cosine:.5f}", made.same or "-"]
     if seen.distance is None:
         cells += ["-"] * 3
     else:
