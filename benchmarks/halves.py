@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,17 @@ class Row:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-HEADS = ("MB", "checker", "newest", OLDEST, "finite", "SQNR dB", "worst", "cosine min")
+HEADS = (
+    "MB",
+    "checker",
+    "newest",
+    OLDEST,
+    "finite",
+    "SQNR dB",
+    "median",
+    "worst",
+    "cosine min",
+)
 
 
 def make(name: str, source: Path, options: argparse.Namespace, folder: Path) -> Row:
@@ -125,9 +136,11 @@ def numbers(found: Evidence) -> dict[str, str]:
     real = [o for o in found.outputs if "FLOAT" in o.types[0]]
     broken = sum(o.overall.nan_candidate + o.overall.inf_candidate for o in found.outputs)
     worst = min(o.sqnr_min for o in real)
+    samples = ([sample.comparison.sqnr_db for sample in o.samples] for o in real)
     return {
         "finite": "yes" if not broken else f"no, {broken} values",
         "SQNR dB": f"{min(o.overall.sqnr_db for o in real):.1f}",
+        "median": f"{min(map(statistics.median, samples)):.1f}",
         "worst": "-inf" if math.isinf(worst) and worst < 0 else f"{worst:.1f}",
         "cosine min": f"{min(o.cosine_min for o in real):.6f}",
     }

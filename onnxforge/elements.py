@@ -310,8 +310,8 @@ class Elements:
         if name.startswith("tensor("):
             return ir.TensorType(ir.DataType[name[7:-1].upper()])
         for i, value in enumerate(node.inputs):
-            if value is not None and found.inputs and found.of_input(i) == name:
-                return self._types.get(value)
+            if value in self._types and found.inputs and found.of_input(i) == name:
+                return self._types[value]
         only = found.allowed.get(name, frozenset())
         if len(only) == 1 and (word := next(iter(only))).startswith("tensor("):
             return ir.TensorType(ir.DataType[word[7:-1].upper()])

@@ -14,7 +14,7 @@ from onnxforge.surgery import Surgery, take_over
 from onnxforge.walk import Scope, label, scopes
 from onnxforge.weights import Weight, Weights
 
-__all__ = ["Rounding", "computes_in", "emulate"]
+__all__ = ["Rounding", "calculates", "computes_in", "emulate"]
 
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _FLOAT = ir.DataType.FLOAT
@@ -54,6 +54,11 @@ class Rounding:
     dtype: ir.DataType
 
 
+def calculates(node: ir.Node) -> bool:
+    """Whether a node gives values that it was not given."""
+    return node.op_type not in _BOUNDARIES or bool(node.domain)
+
+
 def computes_in(model: ir.Model) -> set[ir.DataType]:
     """The half types that a model computes in, rather than only stores and moves."""
     all_scopes = list(scopes(model))
@@ -61,7 +66,7 @@ def computes_in(model: ir.Model) -> set[ir.DataType]:
     found = set()
     for scope in all_scopes:
         for node in scope.graph:
-            if node.op_type not in _BOUNDARIES or node.domain:
+            if calculates(node):
                 found |= {_half(elements, v) for v in (*node.inputs, *node.outputs)}
     return {dtype for dtype in found if dtype is not None}
 

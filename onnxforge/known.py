@@ -62,6 +62,8 @@ def known(name: str, given: Sequence[Path]) -> Known | KnownSample:
         if found is None:
             raise Refused(f"no file given has {name}: --stats names their file")
         path = found
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, name a file in it")
     if path.suffix.lower() == ".npz":
         return KnownSample(path, _sha256(path), read_archive(path))
     return Known.read(path)

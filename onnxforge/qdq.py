@@ -85,8 +85,7 @@ class Qdq(StaticIntegers):
         output = node.outputs[0]
         if node.op_type == "MatMul":
             uses = output.uses()
-            rank = 2 if output.shape is None else output.shape.rank()
-            if len(uses) != 1 or rank > 2 or self.surgery.weights.is_output(output):
+            if len(uses) != 1 or _rank(output) > 2 or self.surgery.weights.is_output(output):
                 return None
             ((reader, other),) = uses
             index = 1 - other
@@ -96,6 +95,8 @@ class Qdq(StaticIntegers):
         bias = self.surgery.weights.of(value)
         if bias is None or bias.dtype != _REAL or bias.is_overridable or bias in self._frozen:
             return None
+        if bias.tensor.shape.rank() > max(1, _rank(output)):
+            return None  # it gives the sum more axes than the product has
         return reader, index
 
     def _quantizer(self, value: ir.Value) -> tuple[Sequence[ir.Node], Sequence[ir.Value]]:
@@ -134,6 +135,11 @@ class Qdq(StaticIntegers):
         reader.replace_input_with(index, self._dequantized([stored, scale], 0, reader))
         reader.attributes.pop("beta", None)
         self._unread.append(value)
+
+
+def _rank(value: ir.Value) -> int:
+    """Number of axes, 0 where it is not known."""
+    return 0 if value.shape is None else value.shape.rank()
 
 
 def _taken_alpha(node: ir.Node) -> np.float32:

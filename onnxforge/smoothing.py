@@ -33,7 +33,7 @@ __all__ = ["Group", "Rules", "Smoothed", "group_of", "is_finite"]
 
 
 _WORTH = 1.25  # 1 dB: one side is the less robust choice, a short side is soon exceeded
-_COLUMNS = 512  # of a weight, in trials: enough to tell a choice from another
+_COLUMNS = 256  # of a weight, in trials: enough to tell a choice from another
 
 
 @dataclass(frozen=True)
@@ -178,16 +178,26 @@ class _Choice(NamedTuple):
 
 def _best(loss: Callable[[_Choice], float], rules: Rules) -> _Choice:
     """The choice that loses least: a strength; channels as they are, or turned to one side."""
-    alphas = ALPHAS if rules.alpha is None else (rules.alpha,)
-    best = min([_Choice(alpha) for alpha in alphas], key=loss)
+    best = _strength(loss, rules)
     if rules.signed:
         return best
-    turned = min([_Choice(alpha, LEANS[0]) for alpha in alphas], key=loss)
-    stronger = [a for a in alphas if 0 <= a - turned.alpha < 0.15]
-    leans = LEANS[1:] if rules.alpha is None else ()
-    leaning = [_Choice(alpha, lean) for lean in leans for alpha in stronger]
-    turned = min([turned, *leaning], key=loss)
+    turned = _strength(loss, rules, LEANS[0])
+    if rules.alpha is None:
+        stronger = [alpha for alpha in ALPHAS if 0 <= alpha - turned.alpha < 0.15]
+        leaning = [_Choice(alpha, lean) for lean in LEANS[1:] for alpha in stronger]
+        turned = min([turned, *leaning], key=loss)
     return turned if loss(turned) * _WORTH < loss(best) else best
+
+
+def _strength(
+    loss: Callable[[_Choice], float], rules: Rules, lean: float | None = None
+) -> _Choice:
+    """The best strength: of every second one, then of those beside it."""
+    if rules.alpha is not None:
+        return _Choice(rules.alpha, lean)
+    first = min([_Choice(alpha, lean) for alpha in ALPHAS[::2]], key=loss)
+    near = [_Choice(alpha, lean) for alpha in ALPHAS if abs(alpha - first.alpha) < 0.15]
+    return min(near, key=loss)
 
 
 def _scaled(
@@ -221,6 +231,8 @@ def group_of(products: Sequence[Product], stats: ActivationStats) -> Group | Rea
         products: Those that read it.
         stats: What is known of it.
     """
+    if not stats.count:
+        return Reason("OF250", "was empty in every sample")
     good = tuple(product for product in products if _is_plain(product))
     if not good:
         return Reason("OF251", "is no activation x matrix")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from onnxforge import laws
 from onnxforge.errors import DataError, OnnxforgeError, Refused
 from onnxforge.numerics.calibration import PARTS, ActivationStats, Statistics
 from onnxforge.numerics.histogram import BINS, Histogram, exponent_for
+from onnxforge.storage.whole import write_bytes
 
 __all__ = ["Known", "read_statistics", "write_statistics"]
 
@@ -88,15 +88,7 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
     # One entry: safetensors writes several in any order.
     about = {"format": _FORMAT, "digest": statistics.digest, "activations": told}
     metadata = {"onnxforge": json.dumps(about)}
-    content: bytes = _library().save(arrays, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise OnnxforgeError(f"{path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, _library().save(arrays, metadata))
 
 
 def read_statistics(path: Path) -> Statistics:

@@ -54,8 +54,8 @@ class SmoothQuantFoldPass(Pass):
         op_types: Operators to rewrite; Conv needs ``onnxforge calibrate --op-type Conv``.
         format: ``qdq`` puts products between QuantizeLinear and DequantizeLinear, which
             runtimes fuse; ``integer`` writes MatMulInteger, for opsets before 13 as well.
-        activations: ``int8`` is symmetric; of those that several products read, onnxruntime
-            fuses ``uint8`` only.
+        activations: ``int8`` is symmetric, and slow on x86: of activations that several
+            products read, onnxruntime fuses ``uint8`` only.
         exclude: Globs on names of weights and of nodes that read them; those are left alone.
         keep_worst: What to leave in float32 of the activations whose products lose most: a
             share of them, or float32 bytes of their weights, ``20MB``.
@@ -75,8 +75,8 @@ class SmoothQuantFoldPass(Pass):
         **selection.CODES,
         **products.CODES,
         "OF223": "The weight holds NaN or infinity, which int8 has no place for.",
-        "OF250": "The statistics know nothing of the activation, or the product is in a body"
-        " or function, where runtimes do not fuse it.",
+        "OF250": "The statistics know nothing of the activation, or it was empty in every"
+        " sample, or the product is in a body or function, where runtimes do not fuse it.",
         "OF251": "The product is not one of an activation with a matrix on the right, which it"
         " sums over the last axis.",
         "OF252": "The statistics are of another number of channels than the product has.",
@@ -173,7 +173,8 @@ class SmoothQuantFoldPass(Pass):
             stats = known.statistics.activations.get(activation.name) if is_main else None
             made: Group | Reason = Reason("OF250", "is not in statistics")
             if stats is not None:
-                made = group_of(mine, stats)
+                outside = [p for p in mine if p.node.graph is model.graph]
+                made = group_of(outside, stats)
             kept = []
             for product in mine:
                 why = _obstacle(product, made, weights)

@@ -93,6 +93,7 @@ def parity(found: Evidence) -> dict[str, Any]:
         "onnxruntime": found.candidate.runtime,
         "providers": list(found.candidate.providers),
         "threads": found.candidate.threads,
+        "emulated": found.candidate.emulated,
         "outputs": [_output(output) for output in found.outputs],
     }
 

@@ -18,7 +18,7 @@ from onnxforge.storage.whole import write_text
 if TYPE_CHECKING:
     from onnxforge.bundle.plan import Plan, Unit
 
-__all__ = ["SCHEMA", "manifest", "metadata", "parity", "write_documents"]
+__all__ = ["SCHEMA", "as_json", "manifest", "metadata", "parity", "write_documents"]
 
 SCHEMA = 1
 """Version of both JSON forms; it rises when something goes away or changes its meaning."""
@@ -50,11 +50,11 @@ def write_documents(plan: Plan) -> Iterator[str]:
     folder = plan.recipe.output
     folder.mkdir(parents=True, exist_ok=True)
     told = metadata(plan)
-    texts = {METADATA: _json(told), PARITY: parity(told)}
+    texts = {METADATA: as_json(told), PARITY: parity(told)}
     for name, text in texts.items():
         if _write(plan, name, text):
             yield name
-    if _write(plan, MANIFEST, _json(manifest(plan))):
+    if _write(plan, MANIFEST, as_json(manifest(plan))):
         yield MANIFEST
 
 
@@ -66,7 +66,8 @@ def _write(plan: Plan, name: str, text: str) -> bool:
     return True
 
 
-def _json(content: Any) -> str:
+def as_json(content: Any) -> str:
+    """Plain data as the bundle has it."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -203,7 +204,9 @@ def _note(tiers: Mapping[str, Any]) -> str:
         if found := graph["parity"]:
             threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
             way = f"onnxruntime {found['onnxruntime']}, {', '.join(found['providers'])}"
-            way = f"{found['samples']} samples, {way}, {threads}"
+            emulated = found.get("emulated")  # which what was judged before does not say
+            how = f", emulated: float32 rounded as {emulated}" if emulated else ""
+            way = f"{found['samples']} samples, {way}, {threads}{how}"
             ways.setdefault(way, []).append(tier)
     said = [f"{', '.join(names)}: {way}." for way, names in ways.items()]
     return " ".join(["SQNR and cosine are of the worst sample.", *said]) if said else ""

@@ -50,14 +50,13 @@ def read_recipe(path: Path) -> Recipe:
     """
     table = read(path, *(_IN_PYPROJECT if path.name == "pyproject.toml" else ()))
     name = _named(table, table.text("name"), "name")
-    folder = path.parent
     graphs = {key: _graph(key, each) for key, each in _graphs(table)}
     tiers = {key: _tier(key, each, table, graphs) for key, each in _tiers(table)}
     recipe = Recipe(
         path=path,
         name=name,
-        output=folder / table.text("output", "bundle"),
-        work=folder / table.text("work", ".onnxforge") / name,
+        output=table.file("output", "bundle"),
+        work=table.file("work", ".onnxforge") / name,
         license=table.text("license", None),
         md5=table.flag("md5", False),
         golden=_place(table, "golden", table.text("golden", "golden")),
@@ -67,6 +66,7 @@ def read_recipe(path: Path) -> Recipe:
         tiers=tiers,
         extras=tuple(_extra(each) for each in table.tables("files", "source")),
     )
+    table.table("lint")  # what `onnxforge lint` reads from the same file
     table.close()
     _refuse_collisions(recipe, table)
     return recipe
@@ -210,7 +210,8 @@ def _layout(table: Table) -> str:
 def _place(table: Table, key: str, text: str) -> PurePosixPath:
     """A path in the bundle."""
     path = PurePosixPath(text)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in text:
+    leaves = not path.parts or path.is_absolute() or ".." in path.parts
+    if leaves or "\\" in text or not text.isprintable():
         table.fail(f"{text!r} is no place in the bundle: wanted a path such as a/b", key)
     return path
 
@@ -266,7 +267,11 @@ def _extra(table: Table) -> Extra:
 
 def _refuse_collisions(recipe: Recipe, table: Table) -> None:
     """Refuse two files in one place, on file systems without upper and lower case as well."""
-    taken = {text.lower(): "the bundle itself" for text in (METADATA, MANIFEST, PARITY)}
+    itself = "the bundle itself"
+    taken = {PurePosixPath(text.lower()): itself for text in (METADATA, MANIFEST, PARITY)}
+    for graph in recipe.graphs.values():
+        if graph.golden:
+            _take(table, "golden", taken, recipe.golden / graph.name, "golden values")
     shared: dict[str, str] = {}
     for tier, graph, variant in recipe.variants:
         _take(
@@ -284,9 +289,18 @@ def _refuse_collisions(recipe: Recipe, table: Table) -> None:
 
 
 def _take(
-    table: Table, key: str | None, taken: dict[str, str], path: PurePosixPath, who: str
+    table: Table,
+    key: str | None,
+    taken: dict[PurePosixPath, str],
+    path: PurePosixPath,
+    who: str,
 ) -> None:
-    name = str(path).lower()
-    if name in taken:
-        table.fail(f"{path} is the place of {taken[name]}", key)
+    """Give a file its place, which is no folder of another, nor that of its data."""
+    name = PurePosixPath(str(path).lower())
+    for other, owner in taken.items():
+        is_data = str(name).startswith((f"{other}_data", f"{other}.data"))
+        if name == other or is_data:
+            table.fail(f"{path} is the place of {owner}", key)
+        if other in name.parents or name in other.parents:
+            table.fail(f"{path} is both a file and a folder, of {owner}", key)
     taken[name] = who

@@ -40,13 +40,16 @@ def read(path: Path, *inside: str) -> Table:
         raise SpecError(f"{path}: no text in UTF-8") from None
     try:
         content: Any = tomllib.loads(text)
+        lines = positions(text)
     except tomllib.TOMLDecodeError as error:
         raise SpecError(_PLACE.sub("", f"{path}:{_line(error, text)}: {error}")) from None
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise SpecError(f"{path}: {error}") from None
     for name in inside:
         content = content.get(name)
         if not isinstance(content, dict):
             raise SpecError(f"{path}: holds no table [{'.'.join(inside)}]")
-    return Table(path, positions(text), inside, content)
+    return Table(path, lines, inside, content)
 
 
 def _line(error: tomllib.TOMLDecodeError, text: str) -> int:
@@ -165,7 +168,10 @@ class Table:
     def real(self, key: str, default: Any = _REQUIRED) -> Any:
         """A number."""
         value = self._value(key, default, int | float, "a number")
-        return value if value is None else float(value)
+        try:
+            return value if value is None else float(value)
+        except OverflowError:
+            self.fail("wanted a number that a float holds", key)
 
     def texts(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
         """Texts; one alone may stand without brackets."""
@@ -175,14 +181,19 @@ class Table:
             self.fail(f"wanted text, not {_shown(wrong[0])}", key)
         return found
 
-    def file(self, key: str) -> Path | None:
+    def file(self, key: str, default: str | None = None) -> Any:
         """A path, from the folder of the TOML file."""
-        text = self.text(key, None)
-        return None if text is None else self._file.parent / text
+        text = self.text(key, default)
+        return None if text is None else self._path_of(text, key)
 
     def files(self, key: str) -> tuple[Path, ...]:
         """Paths, from the folder of the TOML file."""
-        return tuple(self._file.parent / text for text in self.texts(key))
+        return tuple(self._path_of(text, key) for text in self.texts(key))
+
+    def _path_of(self, text: str, key: str) -> Path:
+        if "\0" in text:
+            self.fail(f"{text!r} is no path", key)
+        return self._file.parent / text
 
     def table(self, key: str) -> Table:
         """A table in this one; an empty one if it is missing."""

@@ -94,6 +94,11 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         lines = text.split("\n") if isinstance(error, CheckFailed | SpecError) else [text]
         click.echo("\n".join(_shortened(printable(line)) for line in lines), err=True)
         return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
+    except OSError as error:  # a full disk, a folder that may not be written, ...
+        where = error.filename2 or error.filename
+        text = f"{where}: {error.strerror}" if where else str(error)
+        click.echo(_shortened(printable(f"onnxforge: {text}")), err=True)
+        return _FAILED_RUN
     except Exception as bug:  # exit 1 would mean that a check said no
         traceback.print_exc()
         raise SystemExit(_FAILED_RUN) from bug

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 
 from onnxforge.compare.samples import Sample
 from onnxforge.core import FILES, Fate, Finding, Result
+from onnxforge.emulation import calculates, computes_in
 from onnxforge.errors import Refused
 from onnxforge.halving.blocks import PRODUCTS, block, keep_interface, usual
 from onnxforge.halving.colours import colour
@@ -20,12 +21,10 @@ from onnxforge.halving.parts import Part, Parts
 from onnxforge.halving.rewrite import Rewriter
 from onnxforge.halving.samples import keep_strained
 from onnxforge.halving.targets import Kernels, Target
+from onnxforge.known import KnownSample
 from onnxforge.selection import CODES as WEIGHT_CODES
 from onnxforge.selection import skipped
 from onnxforge.weights import Weights
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["CODES", "Policy", "halve"]
 
@@ -37,7 +36,8 @@ CODES: Mapping[str, str] = {
     "OF261": "A constant is beyond the range of the half type and no mask before a Softmax: it"
     " stays float32, and what reads it.",
     "OF262": "A small constant would become zero or subnormal: it stays float32, and what"
-    " reads it, up to the division or root that it guards.",
+    " reads it, up to the division or root that it guards. Where it is only added it becomes"
+    " half.",
     "OF263": "A mask that is added before a Softmax holds values below the lowest of the half"
     " type; they become finite ones that mask as well. Infinities stay.",
     "OF264": "`block_op_types`, `block_nodes` or `keep_io` keeps it float32.",
@@ -96,15 +96,13 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
     limits = Limits(parts, weights, form)
     strained: list[Finding] = []
     if policy.samples:
-        known = model.meta[FILES]
-        samples = [Sample(name, known[name].feeds) for name in policy.samples]
+        given = [model.meta[FILES][name] for name in policy.samples]
+        if wrong := next((one for one in given if not isinstance(one, KnownSample)), None):
+            raise Refused(f"{wrong.path}: holds statistics, no sample")
+        samples = [Sample(str(one.path), one.feeds) for one in given]
         strained = keep_strained(parts, form, samples)
     colour(parts)
-    if lacking and not any(part.half and part.op_type in PRODUCTS for part in parts):
-        raise Refused(
-            f"target={policy.target} has no {form.dtype.name.lower()} kernel for"
-            f" {lacking[0].op_type} ({lacking[0].where})"
-        )
+    _refuse_unable(parts, lacking, policy.target)
     told = list(_told(parts))
     modified = raised or any(part.half and part.makes for part in parts)
     rewriter = Rewriter(parts, weights, form, limits.saturated)
@@ -123,6 +121,8 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
 
 def _op_types(policy: Policy) -> set[str]:
     named = set(policy.block_op_types)
+    if unknown := sorted(name for name in named - {_DEFAULT} if not onnx.defs.has(name)):
+        raise Refused(f"block_op_types: {unknown[0]!r} is no operator of ai.onnx")
     return named - {_DEFAULT} | usual(policy.target) if _DEFAULT in named else named
 
 
@@ -138,7 +138,7 @@ def _refuse_old(weights: Weights, form: Format) -> None:
 
 
 def _kernels(parts: Parts, target: Target) -> list[Part]:
-    """Keep what the target cannot run in the half type; the products among it."""
+    """Keep what the target cannot run in the half type."""
     lacking = []
     kernels = Kernels(target, parts)
     for part in parts:
@@ -146,8 +146,21 @@ def _kernels(parts: Parts, target: Target) -> list[Part]:
             continue
         if kernels.lack(part):
             part.keep("OF266", f"{target} has no kernel for {part.op_type}")
-            lacking += [part] if part.op_type in PRODUCTS else []
+            lacking.append(part)
     return lacking
+
+
+def _refuse_unable(parts: Parts, lacking: Sequence[Part], target: Target) -> None:
+    """Refuse a target that has no kernel for any product, or for nothing at all."""
+    products = [part for part in lacking if part.op_type in PRODUCTS]
+    halves = [part for part in parts if part.half and part.node and calculates(part.node)]
+    gained = any(part.op_type in PRODUCTS or not products for part in halves)
+    if lacking and not gained and parts.dtype not in computes_in(parts.model):
+        first = (products or lacking)[0]
+        raise Refused(
+            f"target={target} has no {parts.dtype.name.lower()} kernel for"
+            f" {first.op_type} ({first.where})"
+        )
 
 
 def _told(parts: Parts) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ _SUMS = frozenset({"LogSoftmax", "Softmax"})
 # From a small constant to where it is divided by.
 _GUARDS = _SELECTS | {"Pow", "Reciprocal", "Sqrt"}
 _SINGULAR = frozenset({"Div", "Log", "Reciprocal", "Sqrt"})
+_SHIFTS = frozenset({"Add", "Sub", "Sum"})
 
 
 class Limits:
@@ -48,7 +49,9 @@ class Limits:
         held = for_each(lambda weight: content(weight.tensor, form), floats)
         for weight, found in zip(floats, held, strict=True):
             readers = self._readers(weight)
-            if found.overflows and readers:
+            if weight.is_overridable and self._is_half(weight):
+                self._default(weight, found)
+            elif found.overflows and readers:
                 self._overflow(weight, found, readers)
             elif found.lost is not None and readers:
                 self._lost(weight, found.lost, readers)
@@ -62,6 +65,16 @@ class Limits:
 
     def _tell(self, code: str, weight: Weight, message: str, holds: float) -> None:
         self.findings.append(Finding(code, weight.where, message, detail=f"holds {holds:g}"))
+
+    def _is_half(self, weight: Weight) -> bool:
+        maker = None if weight.value is None else self._parts.makers.get(weight.value)
+        return maker is not None and maker.fixed
+
+    def _default(self, weight: Weight, held: Content) -> None:
+        """An input of the half type rounds what is given, and so what it has without that."""
+        if held.overflows:
+            message = "the default of an input overflows, unless keep_io keeps it float32"
+            self._tell("OF261", weight, message, held.highest or held.lowest or 0.0)
 
     def _overflow(self, weight: Weight, held: Content, readers: list[Part]) -> None:
         lowest, highest = held.lowest, held.highest
@@ -78,9 +91,14 @@ class Limits:
         self._tell("OF261", weight, message, highest or lowest or 0.0)
 
     def _lost(self, weight: Weight, smallest: float, readers: list[Part]) -> None:
+        kept = []
         for part in readers:
-            part.keep("OF262", "reads a constant that is too small")
-            _guarded(part, self._parts, set())
+            guards = _guarded(part, self._parts, set())
+            if guards or part.op_type not in _SHIFTS:  # else a sum is rounded by more than it
+                part.keep("OF262", "reads a constant that is too small")
+                kept.append(part)
+        if not kept:
+            return
         message = "is too small, so that it and what reads it stay float32"
         self._tell("OF262", weight, message, smallest)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -190,23 +190,31 @@ class Parts:
             mine = calls.get(identifier, [])
             where = f"{function.domain}::{function.name}"
             for index, value in enumerate(function.inputs):
-                part = self._link(identifier, f"{where}/{value.name}")
-                self._make(part, value)
                 given = [call for call in mine if index < len(call[1].inputs)]
+                around = [value, *(node.inputs[index] for _, node in given)]
+                part = self._link(identifier, f"{where}/{value.name}", around)
+                self._make(part, value)
                 for graph, node in given:
                     self._read(part, node.inputs[index], (node, index), graph)
             for index, value in enumerate(function.outputs):
-                part = self._link(identifier, f"{where}/{value.name}")
-                self._give(part, function.graph, index)
                 made = [o for _, node in mine for o in node.outputs[index : index + 1]]
+                part = self._link(identifier, f"{where}/{value.name}", [value, *made])
+                self._give(part, function.graph, index)
                 for output in made:
                     self._make(part, output)
 
-    def _link(self, identifier: ir.OperatorIdentifier, where: str) -> Part:
+    def _link(
+        self, identifier: ir.OperatorIdentifier, where: str, linked: Iterable[ir.Value | None]
+    ) -> Part:
         part = self._new(where)
         if identifier in self.elements.mixed:
             part.keep("OF271", "its function is called with arguments of other types")
+        self._refuse_opaque(part, linked)
         return part
+
+    def _refuse_opaque(self, part: Part, values: Iterable[ir.Value | None]) -> None:
+        if any(map(self.elements.is_opaque, values)):
+            part.keep("OF271", "is no tensor, or nothing tells its type")
 
     def _node(self, scope: Scope, node: ir.Node, where: str) -> None:
         if node.op_identifier() in self._functions:
@@ -221,9 +229,11 @@ class Parts:
                 self._give(part, body, index)
             for value in (*link.formals, *(node.outputs[k] for k in link.outputs)):
                 self._make(part, value)
-            if any(map(self.elements.is_opaque, self._linked(node, link))):
-                part.keep("OF271", "is no tensor, or nothing tells its type")
+            self._refuse_opaque(part, self._linked(node, link))
             self._refuse_mixed(part, scope)
+            found = signature(node, version)
+            if found is not None and not found.allows(found.of_output(0), self.dtype):
+                self._refuse_old(part, node)
         if not links:
             self._operator(scope, node, where, version)
 
@@ -236,6 +246,10 @@ class Parts:
         function = scope.function
         if function is not None and function.identifier() in self.elements.mixed:
             part.keep("OF271", "its function is called with arguments of other types")
+
+    def _refuse_old(self, part: Part, node: ir.Node) -> None:
+        what = self.dtype.name.lower()
+        part.keep("OF265", f"{node.op_type} takes no {what} at this opset")
 
     def _operator(self, scope: Scope, node: ir.Node, where: str, version: int) -> None:
         elements = self.elements
@@ -265,8 +279,7 @@ class Parts:
         """Give an operator what it reads and makes; what never is a half is not its own."""
         turned = self._turned(node, found) if found is not None else None
         if turned is None:
-            what = self.dtype.name.lower()
-            part.keep("OF265", f"{node.op_type} takes no {what} at this opset")
+            self._refuse_old(part, node)
         else:
             part.turned = turned
         for index, value in enumerate(node.inputs):

@@ -12,11 +12,11 @@ from onnxforge.errors import ModelError
 from onnxforge.lint.model import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from onnxforge.lint.files import Files
 
-__all__ = ["MANIFEST", "METADATA", "Bundle", "bundle", "is_reduced", "is_tier"]
+__all__ = ["MANIFEST", "METADATA", "Bundle", "bundle", "is_reduced", "is_tier", "told_graphs"]
 
 MANIFEST, METADATA = "manifest.json", "metadata.json"
 
@@ -101,6 +101,16 @@ def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:
         beside = [n for n in files.names if n.endswith(".onnx") and n not in names]
         found.others = [Model(files, name) for name in beside]
     return found
+
+
+def told_graphs(said: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The graphs that metadata in the form of onnxforge tell of, and where they do."""
+    tiers = said.get("tiers") if isinstance(said, dict) else None
+    for tier, content in tiers.items() if isinstance(tiers, dict) else ():
+        graphs = content.get("graphs") if isinstance(content, dict) else None
+        for name, graph in graphs.items() if isinstance(graphs, dict) else ():
+            if isinstance(graph, dict):
+                yield f"tiers.{tier}.graphs.{name}", graph
 
 
 def is_tier(folder: str) -> bool:

@@ -122,7 +122,7 @@ def _table(path: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise OnnxforgeError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, digits without end
         raise OnnxforgeError(f"{path}: {error}") from None
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None

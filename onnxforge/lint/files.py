@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
     from onnxforge.storage.wire import Slices
 
-__all__ = ["Files", "LocalFiles"]
+__all__ = ["Files", "LocalFiles", "is_path"]
 
 _MOST = 64 << 20  # bytes of a text that is read whole
+
+
+def is_path(name: str) -> bool:
+    """Whether what a list calls a file is a path that stays in the folder."""
+    parts = name.split("/")
+    return "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
 class Files(abc.ABC):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from onnxforge.bundle.describe import described
+from onnxforge.bundle.documents import as_json
+from onnxforge.bundle.tasks import hashed
 from onnxforge.errors import OnnxforgeError
+from onnxforge.lint.bundle import MANIFEST, METADATA, told_graphs
 from onnxforge.manager import PassManager
+from onnxforge.model_io import files, load
+from onnxforge.storage.whole import write_text
 
 if TYPE_CHECKING:
     from onnxforge.lint.finding import Report
@@ -16,6 +23,9 @@ __all__ = ["fix"]
 
 def fix(report: Report) -> tuple[dict[str, str], list[str]]:
     """Run the pipelines that findings name, each file in its place, whole or not at all.
+
+    Where manifest.json and metadata.json of a bundle told the truth of a file, they do so
+    afterwards; what they told wrongly stays a finding.
 
     Args:
         report: What was found.
@@ -32,9 +42,93 @@ def fix(report: Report) -> tuple[dict[str, str], list[str]]:
     for path, steps in wanted.items():
         passes = ",".join(step for step in steps if step)
         try:
+            listed = _Listed.find(Path(path))
             PassManager(passes or ()).run(Path(path), Path(path), force=True)
+            done[path] = passes or "being written anew"
+            if listed is not None:
+                listed.renew()
+                done[str(listed.folder / MANIFEST)] = "the hashes of what was mended"
         except OnnxforgeError as error:
             notes.append(f"not mended: {error}")
-        else:
-            done[path] = passes or "being written anew"
     return done, notes
+
+
+class _Listed:
+    """A model of which a bundle tells the truth.
+
+    Attributes:
+        folder: That of the bundle.
+    """
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.folder = folder
+        self._model = model
+        self._name = model.relative_to(folder).as_posix()
+        self._names = self._files()
+        self._said = self._facts()
+
+    @classmethod
+    def find(cls, model: Path) -> _Listed | None:
+        """What tells of a model; None without manifest.json, or if that is not true."""
+        model = model.absolute()
+        listing = (each for each in model.parents if (each / MANIFEST).is_file())
+        if (folder := next(listing, None)) is None:
+            return None
+        found, listed = cls(model, folder), _read(folder / MANIFEST).get("files")
+        for name in found._names:
+            said = listed.get(name) if isinstance(listed, dict) else None
+            if not isinstance(said, dict) or said != hashed(folder / name, md5="md5" in said):
+                return None
+        return found
+
+    def _files(self) -> set[str]:
+        """The model and its data files, as the bundle names them."""
+        root = self.folder.resolve()
+        found = [file.resolve() for file in files(load(self._model, editable=False))]
+        inside = {file.relative_to(root).as_posix() for file in found if root in file.parents}
+        return {self._name, *inside}
+
+    def _facts(self) -> dict[str, Any]:
+        """What metadata.json should say of the model."""
+        names = self._files()
+        return {
+            **described(self._model),
+            "data": sorted(names - {self._name}),
+            "bytes": sum((self.folder / name).stat().st_size for name in names),
+        }
+
+    def renew(self) -> None:
+        """Tell of the model as it is now."""
+        manifest = _read(self.folder / MANIFEST)
+        listed, names = manifest["files"], self._files() | self._names
+        if self._tell_metadata() and METADATA in listed:
+            names.add(METADATA)
+        md5 = "md5" in listed[self._name]
+        for name in names:
+            listed.pop(name, None)
+            if (self.folder / name).is_file():
+                listed[name] = hashed(self.folder / name, md5=md5)
+        manifest["files"] = dict(sorted(listed.items()))
+        write_text(self.folder / MANIFEST, as_json(manifest))
+
+    def _tell_metadata(self) -> bool:
+        """Write what changed of the model into metadata.json; whether something did."""
+        metadata, now, changed = _read(self.folder / METADATA), self._facts(), False
+        for _, graph in told_graphs(metadata):
+            if graph.get("model") == self._name:
+                true = {key: now[key] for key in now if graph.get(key) == self._said[key]}
+                changed = changed or graph != graph | true
+                graph |= true
+        if changed:
+            write_text(self.folder / METADATA, as_json(metadata))
+        return changed
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of the bundle; empty if it is not in the form of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_ours = isinstance(found, dict) and found.get("schema") == 1
+    return found if is_ours else {}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import MANIFEST, METADATA
-from onnxforge.lint.files import Files
+from onnxforge.lint.bundle import MANIFEST, METADATA, told_graphs
+from onnxforge.lint.files import Files, is_path
 from onnxforge.storage.remote import Ranges, Server, split_address
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def _hub(url: str) -> HttpFiles | None:
         raise OnnxforgeError(f"{url}: no such repository")
     found = _json(content, tree)
     try:
-        paths = {e["path"]: int(e["size"]) for e in found if e["type"] == "file"}
-    except (TypeError, KeyError, ValueError):
+        paths = {str(e["path"]): int(e["size"]) for e in found if e["type"] == "file"}
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise OnnxforgeError(f"{tree}: is no list of files") from None
     start = len(below) + 1 if below else 0
     names = {path[start:]: size for path, size in paths.items() if not path.startswith(".")}
@@ -132,21 +132,18 @@ def _listed(server: Server) -> HttpFiles:
 
 def _named(said: Any) -> Iterator[str]:
     """Files that metadata in the form of onnxforge names."""
-    tiers = said.get("tiers") if isinstance(said, dict) else None
-    for tier in tiers.values() if isinstance(tiers, dict) else ():
-        graphs = tier.get("graphs") if isinstance(tier, dict) else None
-        for graph in graphs.values() if isinstance(graphs, dict) else ():
-            data = graph.get("data") if isinstance(graph, dict) else None
-            model = graph.get("model") if isinstance(graph, dict) else None
-            yield from [model] if isinstance(model, str) else []
-            yield from data if isinstance(data, list) else []
+    for _, graph in told_graphs(said):
+        model, data = graph.get("model"), graph.get("data")
+        yield from [model] if isinstance(model, str) else []
+        yield from data if isinstance(data, list) else []
     shared = said.get("files") if isinstance(said, dict) else None
     yield from shared if isinstance(shared, list) else []
 
 
 def _sizes(server: Server, names: Iterable[object]) -> dict[str, int]:
     """What of some files is there, with the sizes that the server tells."""
-    asked = list(dict.fromkeys(name for name in names if isinstance(name, str)))
+    good = (name for name in names if isinstance(name, str) and is_path(name))
+    asked = list(dict.fromkeys(good))
     with ThreadPoolExecutor(_ASKED) as pool:
         sizes = zip(asked, pool.map(server.size, asked), strict=True)
         return {name: size for name, size in sizes if size is not None}

@@ -168,10 +168,11 @@ def trial(
     signal, noise = np.zeros(len(weights)), np.zeros(len(weights))
     for i, weight in enumerate(weights):
         exact = rows @ weight
-        scaled = weight * s[:, None]
-        steps = np.abs(scaled).max(axis=0, initial=0) / 127
-        steps[steps == 0] = 1
-        lost = decoded @ (np.clip(np.rint(scaled / steps), -127, 127) * steps) - exact
+        levels = weight * s[:, None]  # in place from here on: it may be large
+        most = np.maximum(levels.max(axis=0, initial=0), -levels.min(axis=0, initial=0))
+        steps = np.where(most > 0, most, 127) / 127
+        levels /= steps
+        lost = decoded @ np.rint(levels, out=levels) * steps - exact
         signal[i], noise[i] = np.square(exact).sum(), np.square(lost).sum()
     return Trial(signal, noise)
 

@@ -6,13 +6,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import quote, unquote, urljoin
+from urllib.parse import quote, unquote
 
 from onnxforge.errors import OnnxforgeError
 
 __all__ = ["Ranges", "Server", "is_address", "split_address"]
 
 _BLOCK = 1 << 14
+_SMALL = 64 << 20  # bytes of a file that is fetched as a whole
+_SILENCE = 60  # seconds without a byte
 _AHEAD = 64  # blocks that are fetched at once at most where a file is read in a row
 
 
@@ -80,16 +82,22 @@ class Server:
 
     def address(self, name: str) -> str:
         """Where a file is."""
-        return urljoin(self.root, quote(name))
+        return self.root + quote(name, errors="replace")  # a name leads to no other host
 
     @functools.cached_property
     def _system(self) -> Any:
         try:
-            import aiohttp  # noqa: F401 - fsspec says what is missing only when it is used
+            import aiohttp
             import fsspec
         except ImportError:
             raise OnnxforgeError("http needs fsspec: pip install 'onnxforge[http]'") from None
-        return fsspec.filesystem("http", skip_instance_cache=True, use_listings_cache=False)
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+        return fsspec.filesystem(
+            "http",
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            client_kwargs={"timeout": patience},
+        )
 
     @contextlib.contextmanager
     def _told(self, url: str) -> Iterator[None]:
@@ -103,9 +111,14 @@ class Server:
             cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
             if cause is None or getattr(cause, "status", None) == 404:
                 raise FileNotFoundError(url) from None
-            reason = str(cause).partition("\n")[0] or type(cause).__name__
-            if isinstance(cause, aiohttp.ClientResponseError):
+            reason = str(cause)
+            if isinstance(cause, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
+                reason = f"is, or leads to, no address of http: {reason}"
+            elif isinstance(cause, aiohttp.TooManyRedirects):
+                reason = "leads back to itself"
+            elif isinstance(cause, aiohttp.ClientResponseError):
                 reason = f"the server answers {cause.status} {cause.message}".rstrip()
+            reason = reason.partition("\n")[0] or type(cause).__name__
             raise OnnxforgeError(f"{url}: {reason}") from None
 
     def size(self, name: str) -> int | None:
@@ -153,11 +166,15 @@ class Server:
         """A small file as a whole, by its address; None if it is not there.
 
         Raises:
-            OnnxforgeError: The server does not answer.
+            OnnxforgeError: The server does not answer, or the file is not small.
         """
-        system = self._system
+        system, content = self._system, bytearray()
         try:
-            with self._told(url):
-                return bytes(system.cat_file(url))
+            with self._told(url), system.open(url, "rb", block_size=0, size=1) as file:
+                while (block := file.read(_BLOCK)) and len(content) <= _SMALL:
+                    content += block
         except FileNotFoundError:
             return None
+        if len(content) > _SMALL:
+            raise OnnxforgeError(f"{url}: more than {_SMALL:,} bytes, too much for what it is")
+        return bytes(content)

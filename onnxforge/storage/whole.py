@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from onnxforge.errors import OnnxforgeError
@@ -9,19 +10,32 @@ from onnxforge.errors import OnnxforgeError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["write_text"]
+__all__ = ["write_bytes", "write_text"]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, or leave what is there.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole, or leave what is there.
+
+    What a killed process left of it is overwritten by the next one, and gone then.
 
     Raises:
         OnnxforgeError: It cannot be written.
     """
     new = path.parent / f".{path.name}.tmp"
     try:
-        new.write_text(text, encoding="utf-8", newline="\n")
+        new.write_bytes(content)
         new.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise OnnxforgeError(f"{path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `write_bytes` does.
+
+    Raises:
+        OnnxforgeError: It cannot be written.
+    """
+    write_bytes(path, text.encode())

@@ -579,3 +579,13 @@ def test_the_published_models_load(recipe: Path, tmp_path: Path) -> None:
     made(recipe)
     for path in (tmp_path / "out").glob("*/*.onnx"):
         load(path)
+
+
+def test_a_tier_that_was_emulated_says_so(tmp_path: Path) -> None:
+    text = JUDGED.replace('"fp16w"', '"bf16{raise_opset=22}"').replace("= 40", "= 20")
+    recipe = laid_out(tmp_path, text)
+    outcome = made(recipe)
+    assert not outcome.errors
+    told = json.loads((tmp_path / "out/metadata.json").read_text())
+    assert told["tiers"]["fp16w"]["graphs"]["one"]["parity"]["emulated"] == "bfloat16"
+    assert "emulated: float32 rounded as bfloat16" in (tmp_path / "out/PARITY.md").read_text()

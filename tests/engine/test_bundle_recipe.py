@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnxforge.bundle.reading import read_recipe
 from onnxforge.bundle.toml import positions
 from onnxforge.compare.gates import Gate
-from onnxforge.errors import SpecError
+from onnxforge.errors import OnnxforgeError, SpecError
+from onnxforge.lint.config import configured
 from support.bundles import FULL, written
 
 ODD = '''\
@@ -221,6 +222,26 @@ def test_a_table_in_pyproject(tmp_path: Path) -> None:
         ('["notes.txt"]', '["b/metadata.json"]', "4: files.0: metadata.json is the place of "),
         ('["notes.txt"]', '["a", "b/A"]', "4: files.1: A is the place of a"),
         ('["notes.txt"]', '[{source="a",path="../b"}]', "4: files.0.path: '../b' is no place"),
+        ('["notes.txt"]', r'["a\n"]', r"4: files.0.path: 'a\n' is no place"),
+        ('["notes.txt"]', r'["a\u0000"]', r"4: files.0.source: 'a\x00' is no path"),
+        (
+            '["notes.txt"]',
+            '[{source="a",path="fp32"}]',
+            "4: files.0: fp32 is both a file and a folder, of fp32/one",
+        ),
+        (
+            '["notes.txt"]',
+            '[{source="a",path="fp32/one.onnx_data"}]',
+            "4: files.0: fp32/one.onnx_data is the place of fp32/one",
+        ),
+        (
+            '["notes.txt"]',
+            '[{source="a",path="golden/one/0/inputs/x.npy"}]',
+            "4: files.0: golden/one/0/inputs/x.npy is both a file and a folder, of golden",
+        ),
+        ("[tiers.fp32]", "[tiers.'PARITY.md']", "15: tiers.PARITY.md: PARITY.md/one.onnx is"),
+        ('"out"', r'"a\u0000"', r"2: output: 'a\x00' is no path"),
+        ("min-sqnr = 40", f"min-sqnr = {'9' * 400}", "19: tiers.fp16w.graphs.one.gates.min-"),
         ("golden = 1", "golden = -1", "8: graphs.one.golden: wanted at least 0, not -1"),
         ("golden = 1", "golden = true", "8: graphs.one.golden: wanted a whole number, not "),
         ("parity.data", "parity.dat", "10: graphs.one.parity.dat: there is no such key"),
@@ -302,6 +323,23 @@ def test_without_graphs_or_tiers_there_is_no_recipe(tmp_path: Path, missing: str
     path = written(tmp_path, text)
     with pytest.raises(SpecError, match=rf":1: lacks {missing}: \[{missing}\.NAME\]"):
         read_recipe(path)
+
+
+def test_lint_is_configured_in_the_same_file(tmp_path: Path) -> None:
+    path = written(tmp_path, f'{FULL}\n[lint]\nignore = ["no-kernel"]\n')
+    assert read_recipe(path).name == "pair"
+    assert configured(path, {}).ignore == ("no-kernel",)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000 + "]" * 3000])
+def test_digits_and_brackets_without_end(tmp_path: Path, value: str) -> None:
+    path = written(tmp_path, f"md5 = {value}\n{FULL}")
+    with pytest.raises(SpecError) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OnnxforgeError, match=r"onnxforge\.toml: "):
+        configured(path, {})
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

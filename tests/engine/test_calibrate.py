@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from onnx import numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
+from onnxforge import PassManager
 from onnxforge import calibrate as module
 from onnxforge.calibrate import Options, Watch, calibrate, watches
 from onnxforge.compare.samples import Data, Sample
@@ -22,6 +24,7 @@ from onnxforge.model_io import load
 from onnxforge.numerics.calibration import Statistics
 from onnxforge.runtime.session import Session, Setup
 from onnxforge.stats_file import write_statistics
+from support import oracle
 
 Array = np.ndarray
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "local" : 1]> g '
@@ -439,3 +442,56 @@ def test_nothing_is_left_of_an_interrupted_run(
 def test_the_time_limit_holds(path: Path) -> None:
     with pytest.raises(RuntimeFailed, match="did not load the model in 1e-06 s"):
         calibrate(path, samples(3), Options(Setup(timeout=1e-6)))
+
+
+DECODER = """(float[n, t, 8] x, float[n, p, 8] past_k, float[n, p, 8] past_v)
+  => (float[n, t, 8] y, float[n, q, 8] present_k, float[n, q, 8] present_v) {
+  a = LayerNormalization(x, gamma, beta)
+  query = MatMul(a, wq)
+  key = MatMul(a, wk)
+  value = MatMul(a, wv)
+  present_k = Concat<axis=1>(past_k, key)
+  present_v = Concat<axis=1>(past_v, value)
+  turned = Transpose<perm=[0, 2, 1]>(present_k)
+  scores = MatMul(query, turned)
+  shares = Softmax(scores)
+  mixed = MatMul(shares, present_v)
+  out = MatMul(mixed, wo)
+  y = Add(out, x)
+  cached = MatMul(past_k, wp)
+}"""
+
+
+def decoder() -> onnx.ModelProto:
+    weights = {f"w{i}": drawn(j, 8, 8) for j, i in enumerate("qkvo")}
+    text = DECODER.replace("present_v) {", "present_v, float[n, p, 4] cached) {")
+    gamma, beta = drawn(8, 8), drawn(9, 8)
+    return proto(text, **weights, wp=drawn(5, 8, 4), gamma=gamma, beta=beta)
+
+
+def step(rows: int, past: int) -> dict[str, Array]:
+    names = ("past_k", "past_v")
+    return {
+        "x": drawn(rows, 1, rows, 8),
+        **{n: drawn(past + i, 1, past, 8) for i, n in enumerate(names)},
+    }
+
+
+def test_caches_may_be_empty(tmp_path: Path) -> None:
+    path = saved(decoder(), tmp_path / "decoder.onnx")
+    first = [Sample("first", step(3, 0))]
+    found = calibrate(path, first)
+    counts = {name: stats.count for name, stats in found.activations.items()}
+    assert counts == {"a": 3, "mixed": 3, "past_k": 0}
+    found = calibrate(path, [*first, Sample("next", step(1, 40))])
+    assert [found.activations[n].count for n in ("a", "mixed", "past_k")] == [4, 4, 40]
+    write_statistics(found, tmp_path / "s.safetensors")
+    passes = f"smoothquant{{stats={tmp_path / 's.safetensors'} min_bytes=0}}"
+    tier, report = PassManager(passes).apply(onnx.load(path))
+    assert Counter(n.op_type for n in tier.graph.node)["QuantizeLinear"] == 3, report
+    for feeds in (step(3, 0), step(1, 5)):
+        for name, wanted in oracle.run(path, feeds).items():
+            seen = oracle.run(tier, feeds)[name]
+            assert seen.shape == wanted.shape
+            error = np.square(seen - wanted).sum()
+            assert error <= 1e-2 * np.square(wanted).sum(), name

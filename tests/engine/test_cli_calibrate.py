@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -224,3 +227,40 @@ def test_a_terminal_sees_how_far_it_is(
     words = [word for folder in data for word in ("--data", folder)]
     assert run(model, *words, "-o", tmp_path / "s") == 0
     assert told == [1, 2, 3]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from onnxforge import cli
+
+cli_calibrate = __import__("importlib").import_module("onnxforge.cli.calibrate")
+cli_calibrate._SAVE_EVERY = 0
+replace, saves = Path.replace, 0
+
+def killed(self, target):
+    global saves
+    saves += 1
+    if saves == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = killed
+cli.main(["calibrate", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_run_is_gone_on_with_and_nothing_stays_of_it(
+    model: Path, data: list[Path], tmp_path: Path
+) -> None:
+    whole, stats = tmp_path / "whole.safetensors", tmp_path / "s.safetensors"
+    words = [model, *(word for folder in data for word in ("--data", folder)), "-o"]
+    assert run(*words, whole) == 0
+    command = [sys.executable, "-c", KILLED, *map(str, [*words, stats])]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(read_statistics(stats).samples) == 1
+    assert list(tmp_path.glob(".*.tmp"))
+    assert run(*words, stats, "--resume") == 0
+    assert stats.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".*.tmp"))

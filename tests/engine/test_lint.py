@@ -312,6 +312,26 @@ def test_fixes_are_safe_and_told(root: Path, capsys: pytest.CaptureFixture[str])
     onnx.checker.check_model(str(path), full_check=True)
 
 
+def test_what_a_bundle_says_of_a_mended_file_is_true_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with edit(root / "fp32/editor.onnx") as proto:
+        proto.ir_version = 10
+        proto.graph.node.append(helper.make_node("Neg", ["y"], ["dead"], name="dead"))
+    faultless.relist(root)
+    damaged = root / "int8/editor.onnx"
+    with edit(damaged) as proto:  # what is not listed truly stays so, mended or not
+        proto.graph.node.append(helper.make_node("Neg", ["y"], ["dead"], name="dead"))
+    code, out, _ = run("lint", root, "--fix", "--min-ort", "1.17", capsys=capsys)
+    assert f"mended: {root / 'manifest.json'} by the hashes of what was mended" in out
+    assert code == 1
+    told = json.loads((root / "metadata.json").read_text())
+    assert told["tiers"]["fp32"]["graphs"]["editor"]["ir_version"] < 10
+    left = lint([root], Options(min_ort="1.17")).findings
+    assert {f.path for f in left} == {str(damaged)}
+    assert {f.rule for f in left} <= {"hash-differs", "size-differs"}
+
+
 def test_what_cannot_be_mended_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "fp32/editor.onnx"
     with edit(path) as proto:

@@ -144,6 +144,58 @@ def test_what_a_server_does_wrong_is_told_in_one_line(root: Path, served: Served
         found("http://127.0.0.1:1/model.onnx")
 
 
+def test_a_list_sends_nobody_elsewhere(root: Path, served: Served) -> None:
+    wrong = ["//127.0.0.1:1/x.onnx", "../x.onnx", "/x.onnx", "http://127.0.0.1:1/x.onnx"]
+    odd = ["\ud800.onnx", "a?b#c%.onnx", "a\nb.onnx"]
+    listed = json.loads((root / "manifest.json").read_text())
+    files = listed["files"]
+    files |= {name: {"bytes": 3, "sha256": "0" * 64} for name in [*wrong, *odd]}
+    served.answers["/manifest.json"] = 200, json.dumps(listed).encode()
+    faults = ["manifest-malformed"] * len(wrong) + ["listed-file-missing"] * len(odd)
+    assert [rule for rule, _ in found(served.url)] == faults
+    asked = {path for _, path in served.requests}
+    assert asked.isdisjoint({"/x.onnx", "//127.0.0.1:1/x.onnx"})
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000), b"\xff", b" " * (65 << 20)]
+)
+def test_a_list_that_is_none_is_told_in_one_line(
+    root: Path, served: Served, content: bytes
+) -> None:
+    served.answers["/manifest.json"] = 200, content
+    with pytest.raises(OnnxforgeError, match=r"manifest\.json: (is no JSON|more than)"):
+        found(served.url)
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Location": "/fp32/encoder.onnx"}, "leads back to itself"),
+        ({"Location": "file:///etc/passwd"}, "no address of http"),
+        ({"Location": "http://["}, "no address of http"),
+        ({"Content-Length": "-5"}, "400"),
+    ],
+)
+def test_a_server_that_lies_is_told_of(
+    root: Path, served: Served, headers: dict[str, str], said: str
+) -> None:
+    served.answers["/fp32/encoder.onnx"] = 302, b""
+    served.headers = headers
+    with pytest.raises(OnnxforgeError, match=said) as caught:
+        found(f"{served.url}fp32/encoder.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_silent_is_told_of(
+    root: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxforge.storage.remote._SILENCE", 0.2)
+    served.pause = 2.0
+    with pytest.raises(OnnxforgeError, match=r"encoder\.onnx: .*Timeout"):
+        found(f"{served.url}fp32/encoder.onnx")
+
+
 def test_a_damaged_model_from_afar(root: Path, served: Served) -> None:
     (root / "cut.onnx").write_bytes(
         onnx.load(root / "fp32/encoder.onnx").SerializeToString()[:-9]

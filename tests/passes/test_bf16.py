@@ -155,6 +155,29 @@ def test_an_operator_without_bfloat16_at_the_opset_stays_float32() -> None:
     assert halves.types(new)["k"] == BF16
 
 
+@pytest.mark.parametrize(("opset", "kind"), [(13, F32), (16, BF16)])
+def test_what_an_if_or_a_loop_hands_on_is_bfloat16_from_opset_16(
+    opset: int, kind: int
+) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
+    m (float[n,8] x, bool c, int64 count) => (float[n,8] y) {{
+        a = MatMul(x, w)
+        b = If(c) <then_branch = t () => (float[n,8] u) {{ u = MatMul(a, w) }},
+                   else_branch = e () => (float[n,8] v) {{ v = Identity(a) }}>
+        z = Loop(count, c, b) <body = l (int64 i, bool go, float[n,8] s) =>
+            (bool more, float[n,8] next) {{ more = Identity(go) next = MatMul(s, w) }}>
+        y = MatMul(z, w) }}"""
+    parent = halves.parsed(text, w=W / 2)
+    tier, _ = halves.tier(parent, "bf16")
+    types = halves.types(tier)
+    assert types["a"] == BF16
+    assert {types[name] for name in ("b", "s", "z")} == {kind}
+    inputs = {"x": X, "c": np.array(True), "count": np.array(2)}
+    wanted = oracle.run(parent, inputs)["y"]
+    found = halves.outputs(tier, inputs)["y"]
+    assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
 def test_the_lowest_float_is_no_infinity_in_bfloat16() -> None:
     text = (
         HEAD
@@ -177,6 +200,20 @@ def test_a_target_without_kernels_is_refused_and_names_the_operator() -> None:
         message = f"target={target} has no bfloat16 kernel for MatMul \\(n_a\\)"
         with pytest.raises(Refused, match=message):
             PassManager(f"bf16{{target={target}}}").apply(parent)
+
+
+def test_a_target_without_any_kernel_is_refused_where_there_are_no_products() -> None:
+    text = HEAD + "m (float[n,8] x) => (float[n,8] y) { a = Mul(x, x) y = Relu(a) }"
+    with pytest.raises(Refused, match="target=webgpu has no bfloat16 kernel for Mul"):
+        PassManager("bf16{target=webgpu}").apply(halves.parsed(text))
+    # In the second run all that is left lacks a kernel, which is no reason to refuse.
+    text = """m (float[1,3,8,8] x) => (float[1,3,8,8] y) {
+        a = Conv <pads=[1,1,1,1]> (x, k) b = Pad(a, none) y = MatMul(b, w) }"""
+    weights = {"k": RNG.standard_normal((3, 3, 3, 3)).astype(np.float32), "w": W}
+    parent = halves.parsed(HEAD + text, none=np.zeros(8, np.int64), **weights)
+    tier, report = halves.tier(parent, "bf16{target=cuda}")
+    assert {f.code for f in report.passes[0].findings if f.op == "Pad"} == {"OF266"}
+    assert halves.types(tier)["w"] == BF16
 
 
 def test_large_weights_stay_on_disk_and_are_rounded_as_they_are_written(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxforge import PassManager
-from onnxforge.errors import Refused
+from onnxforge.errors import OnnxforgeError, Refused
 from onnxforge.replay import verify
 from support import fixtures, halves, oracle
 
@@ -64,6 +65,18 @@ def test_the_interface_changes_where_keep_io_says_so() -> None:
     assert not halves.ops(bare, "Cast")
     with pytest.raises(Refused, match="keep_io: 'pats' matches no input and no output"):
         halves.tier(parent, "fp16{keep_io=pats}")
+
+
+def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    text = HEAD + "m (float[n,8] x) => (float[n,8] y) { y = MatMul(x, w) }"
+    parent = halves.parsed(text, w=W)
+    for options, message in {
+        "block_op_types=Mattmul": "block_op_types: 'Mattmul' is no operator of ai.onnx",
+        "block_nodes=n_x": "block_nodes: 'n_x' matches no node of float32 values",
+        f'samples="{tmp_path}"': f"{tmp_path}: is a folder, name a file in it",
+    }.items():
+        with pytest.raises(OnnxforgeError, match=re.escape(message)):
+            PassManager(f"fp16{{{options}}}").apply(parent)
 
 
 def test_an_if_that_captures_an_input_that_stays() -> None:
@@ -256,6 +269,24 @@ def test_a_guard_against_zero_stays_with_what_it_guards(small: float) -> None:
     assert np.array_equal(found, np.zeros_like(X))
 
 
+def test_a_small_constant_that_is_only_added_costs_no_cast() -> None:
+    """Learned biases are as small; what scales by such a constant, or is guarded, stays."""
+    text = (
+        HEAD
+        + """m (float[n,8] x) => (float[n,8] y) {
+        a = MatMul(x, w) b = Add(a, small) c = Mul(b, small) d = MatMul(b, w)
+        e = Mul(c, large) y = Add(d, e) }"""
+    )
+    weights = {"w": W, "small": np.float32(1e-7), "large": np.float32(1e6)}
+    tier, report = halves.tier(halves.parsed(text, **weights), "fp16")
+    types = halves.types(tier)
+    assert [types[n] for n in ("a", "b", "c", "d", "e")] == [F16, F16, F32, F16, F32]
+    assert report.passes[0].stats == {"casts added": 4}  # two of them at the interface
+    a = halves.rounded(X, "fp16") @ halves.rounded(W, "fp16")
+    found = halves.outputs(tier, {"x": X})["y"]
+    assert np.allclose(found, a @ W + a / 10, rtol=0.02, atol=0.05)
+
+
 def layer_norm(x: str, y: str) -> str:
     return f"""{y}_m = ReduceMean <axes=[1], keepdims=1> ({x}) {y}_d = Sub({x}, {y}_m)
         {y}_q = Pow({y}_d, two) {y}_v = ReduceMean <axes=[1], keepdims=1> ({y}_q)
@@ -336,6 +367,41 @@ def test_a_function_of_different_types_stays_as_it_is() -> None:
     found = halves.outputs(tier, inputs)
     assert np.array_equal(found["j"], 2 * np.arange(4))
     assert np.allclose(found["y"], 2 * X @ W @ W, rtol=0.02, atol=0.2)
+
+
+def test_a_function_whose_types_nothing_tells_stays_as_it_is() -> None:
+    """Nothing tells what an Optional holds; what the call gives is declared all the same."""
+    text = """<ir_version: 9, opset_import: ["" : 17, "own" : 1]>
+    m (float[n,8] x) => (float[n,8] y) {
+        a = MatMul(x, w) o = Optional(a) b = OptionalGetElement(o)
+        c = own.twice(b, b) y = MatMul(c, w) }
+    <domain: "own", opset_import: ["" : 17]> twice (z, u) => (r) { r = Add(z, u) }"""
+    parent = halves.parsed(text, w=W)
+    parent.graph.value_info.append(onnx.helper.make_tensor_value_info("c", F32, ["n", 8]))
+    tier, report = halves.tier(parent, "fp16")
+    assert np.allclose(halves.outputs(tier, {"x": X})["y"], 2 * X @ W @ W, rtol=0.02, atol=0.2)
+    told = {f.where: f.code for f in report.passes[0].findings if f.op}
+    assert told["n_a"] == "OF201"
+
+
+@pytest.mark.parametrize(("keep", "kind"), [("all", F32), ("none", F16)])
+def test_a_default_of_an_input_has_the_type_of_the_input(keep: str, kind: int) -> None:
+    text = (
+        HEAD
+        + """m (float[n,8] x, float scale, float most) => (float[n,8] y) {
+        a = MatMul(x, w) b = Mul(a, scale) y = Min(b, most) }"""
+    )
+    weights = {"w": W, "scale": np.float32(1e-6), "most": np.float32(1e6)}
+    tier, report = halves.tier(halves.parsed(text, **weights), f"fp16{{keep_io={keep}}}")
+    types = halves.types(tier)
+    assert types["scale"] == types["most"] == types["b"] == kind
+    told = [f.message for f in report.passes[0].findings if f.code == "OF261" and not f.op]
+    assert told == [
+        "overflows, so that it and what reads it stay float32"
+        if keep == "all"
+        else "the default of an input overflows, unless keep_io keeps it float32"
+    ]
+    oracle.run(tier, {"x": X.astype(np.float16) if keep == "none" else X})
 
 
 def test_operators_outside_of_ai_onnx_stay_float32() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -14,16 +15,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, numpy_helper, parser
 
-from onnxforge import PassManager
-from onnxforge.calibrate import Options
+from onnxforge import PassManager, laws, load
+from onnxforge.calibrate import Options, watches
 from onnxforge.core import Fate
-from onnxforge.errors import Refused
+from onnxforge.errors import DataError, Refused
 from onnxforge.manager import PIPELINE_KEY, Report
+from onnxforge.numerics.calibration import ActivationStats, Statistics, sample_key
 from onnxforge.passes.smoothquant import SmoothQuantFoldPass
 from onnxforge.replay import verify
-from support import fixtures, integers, oracle, statistics
+from onnxforge.stats_file import write_statistics
+from support import fixtures, integers, oracle, smoothable, statistics
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
 Arrays = dict[str, np.ndarray]
@@ -131,11 +136,16 @@ def assert_products(
         The outputs of the products that were compared.
     """
     makers = {name: node for node in tier.graph.node for name in node.output}
-    float_held, held = integers.initializers(smooth), integers.initializers(tier)
+    read = [name for node in parent.graph.node for name in node.input[1:]]
+    constants = [name for name in read if _is_constant(name, smooth)]
+    float_held = integers.values(smooth, constants, inputs)
+    held = integers.initializers(tier)
     compared = set()
     for node in parent.graph.node:
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
         quantize = _quantizer(node, makers)
-        if node.op_type not in ("MatMul", "Gemm") or quantize is None:
+        if quantize is None:
             continue
         name = node.output[0]
         seen = _exposed(tier, [quantize.input[0], quantize.output[0], name], inputs, run)
@@ -147,14 +157,23 @@ def assert_products(
         weight = float_held[node.input[1]]
         axes = integers.summed_axes(node, 1, weight.ndim)
         stored = integers.quantize_weight(weight, axes)
-        integers.same(held[node.input[1]], stored.values, f"weight of {name}")
+        if node.input[1] in held:
+            integers.same(held[node.input[1]], stored.values, f"weight of {name}")
         rounds = makers[name].op_type == "Gemm"
         centred = levels.astype(np.int64) - int(zero)
         result = _product(node, centred, stored, scale, float_held, rounds=rounds)
-        difference = np.abs(found - result).max()
-        assert difference <= 2e-6 * np.abs(result).max(), f"{name}: {difference}"
+        difference = np.abs(found - result).max(initial=0)
+        assert difference <= 2e-6 * np.abs(result).max(initial=0), f"{name}: {difference}"
         compared.add(name)
     return compared
+
+
+def _is_constant(name: str, proto: ModelProto) -> bool:
+    """Whether a value comes from no input, or from the default of one."""
+    if name in integers.initializers(proto):
+        return True
+    makers = [node for node in proto.graph.node if name in node.output]
+    return bool(makers) and all(_is_constant(n, proto) for n in makers[0].input)
 
 
 def _quantizer(node: NodeProto, makers: dict[str, NodeProto]) -> NodeProto | None:
@@ -714,6 +733,48 @@ def test_products_in_bodies_are_left_and_reported(tmp_path: Path) -> None:
     assert sqnr(wanted["z"], found["z"]) > 30
 
 
+def test_a_weight_that_a_body_reads_too_is_left_and_reported(tmp_path: Path) -> None:
+    branches = ", ".join(
+        f"{word}_branch = {word} () => (float[n,6] {word}_y) {{ {word}_y = MatMul(h, w) }}"
+        for word in ("then", "else")
+    )
+    before = model(
+        f"""g (bool c, float[n,16] x) => (float[n,6] y, float[n,6] z)
+        {{ h = Tanh(x) y = If(c) <{branches}> z = MatMul(h, w) }}""",
+        w=floats(16, 6),
+    )
+    file = statistics.of_model(
+        before, [{"c": np.array(True), **sample} for sample in SAMPLES], tmp_path
+    )
+    after, report = smoothed(before, file)
+    assert not report.modified
+    assert nodes(after.graph) == nodes(before.graph)
+    assert told(report)["w"] in ("OF232", "OF250")
+
+
+@pytest.mark.parametrize("shape", ["n,16", "16"])
+def test_a_bias_of_more_axes_than_its_product_keeps_them(tmp_path: Path, shape: str) -> None:
+    before = model(
+        f"g (float[{shape}] x) => (float y) {{ h = Tanh(x) m = MatMul(h, w) y = Add(m, c) }}",
+        w=floats(16, 6),
+        c=floats(1, 1, 6),
+    )
+    before.graph.output[0].type.tensor_type.ClearField("shape")
+    rows = (5, 16) if shape == "n,16" else (16,)
+    samples = [{"x": floats(*rows, seed=i)} for i in range(3)]
+    tier, _ = smoothed(before, statistics.of_model(before, samples, tmp_path))
+    wanted, found = (oracle.run(m, samples[0])["y"] for m in (before, tier))
+    assert found.shape == wanted.shape
+    assert sqnr(wanted, found) > 30
+
+
+def test_an_activation_that_was_always_empty_is_left(tmp_path: Path) -> None:
+    before = model("g (float[n,16] x) => (float[n,6] y) { y = MatMul(x, w) }", w=floats(16, 6))
+    file = statistics.of_model(before, [{"x": floats(0, 16)}], tmp_path)
+    _, report = smoothed(before, file)
+    assert told(report) == {"w": "OF250"}
+
+
 def test_an_activation_quantized_for_others_gets_a_range_of_its_own(tmp_path: Path) -> None:
     plain = model(TWO, w=floats(16, 6), v=floats(16, 6, seed=1))
     before, _ = PassManager("dynamic-int8{min_bytes=0 exclude=v}").apply(plain)
@@ -797,3 +858,76 @@ def test_a_tier_is_derived_with_its_statistics_and_never_by_a_path(
     onnx.save(hostile, child)
     with pytest.raises(Refused, match="names a file by its path"):
         verify(parent, child, statistics=[stats])
+
+
+# --- any graph -----------------------------------------------------------------------------
+
+EVERY = ("MatMul", "Gemm", "Conv")
+
+
+def counted(case: smoothable.Case, folder: Path) -> Path:
+    """A file of statistics of all inputs but the last; those not finite are left out."""
+    source, path = folder / "drawn.onnx", folder / "drawn.safetensors"
+    onnx.save(case.model, source)
+    loaded = load(source, editable=False)
+    activations: dict[str, ActivationStats] = {}
+    for watch in watches(loaded, EVERY):
+        stats = ActivationStats.empty(watch.channel_axis, watch.channels)
+        with contextlib.suppress(DataError):
+            for feeds in case.inputs[:-1]:
+                seen = integers.values(case.model, [watch.name], feeds)[watch.name]
+                stats.add(seen, sample_key(feeds))
+            activations[watch.name] = stats
+    write_statistics(Statistics(laws.content(loaded), activations), path)
+    return path
+
+
+def one_nan(arrays: Arrays) -> Arrays:
+    return {n: np.where(np.isnan(a), np.float32(np.nan), a) for n, a in arrays.items()}
+
+
+def interface(proto: ModelProto) -> list[bytes]:
+    return [v.SerializeToString() for v in (*proto.graph.input, *proto.graph.output)]
+
+
+@unsaturated
+@settings(
+    max_examples=max(8, settings().max_examples // 3),
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    smoothable.cases(),
+    st.sampled_from(FORMS[:3]),
+    st.sampled_from(["0.5", "auto"]),
+    st.booleans(),
+)
+def test_any_graph_stays_the_same_and_multiplies_integers(
+    case: smoothable.Case, form: tuple[str, str], alpha: str, fold: bool
+) -> None:
+    before, inputs = case.model, case.inputs[-1]
+    try:
+        wanted = oracle.run(before, inputs, optimized=False)
+    except Exception:
+        assume(False)
+    options: dict[str, Any] = {"op_types": EVERY, "alpha": alpha, "fold": fold}
+    options["activations"] = form[1]
+    with tempfile.TemporaryDirectory() as folder:
+        stats = counted(case, Path(folder))
+        exact, _ = smoothed(before, stats, quantize=False, scales="pow2", **options)
+        near, _ = smoothed(before, stats, quantize=False, **options)
+        version = before.opset_import[0].version
+        form_there = form[0] if version >= 13 else "integer"
+        if form_there == "integer" and form[1] == "int8":
+            return
+        tier, _ = smoothed(before, stats, format=form_there, **options)
+    assert interface(exact) == interface(near) == interface(tier) == interface(before)
+    seen = oracle.run(exact, inputs, optimized=False)
+    oracle.assert_bit_equal(one_nan(seen), one_nan(wanted))
+    for name, found in oracle.run(near, inputs, optimized=False).items():
+        finite = np.isfinite(wanted[name])
+        bound = 1e-5 * np.abs(wanted[name][finite]).max(initial=0)
+        np.testing.assert_allclose(found, wanted[name], rtol=0, atol=bound)
+    for optimized in (False, True):
+        for name, found in oracle.run(tier, inputs, optimized=optimized).items():
+            assert found.shape == wanted[name].shape
+        assert_products(before, near, tier, inputs, optimized=optimized)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,8 @@ class Served:
         requests: Method and path of each request.
         answers: What paths answer that are no files: status and content.
         ranges: Whether it gives ranges; else it sends files as a whole.
+        headers: What all answers say beside, or instead of, what is so.
+        pause: Seconds before each answer.
     """
 
     url: str = ""
@@ -30,6 +33,8 @@ class Served:
     requests: list[tuple[str, str]] = field(default_factory=list)
     answers: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     ranges: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -45,13 +50,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body=False)
 
     def answer(self, *, body: bool) -> None:
+        time.sleep(self.served.pause)
         path = unquote(urlsplit(self.path).path)
         self.served.requests.append((self.command, path))
         file = self.folder / path.lstrip("/")
         if path in self.served.answers:
             status, content = self.served.answers[path]
             self.start(status, len(content), {})
-            self.wfile.write(content if body else b"")
+            with contextlib.suppress(OSError):
+                self.wfile.write(content if body else b"")
         elif not file.is_file():
             self.start(404, 0, {})
         else:
@@ -80,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def start(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, text in {"Content-Length": str(length), **headers}.items():
+        headers = {"Content-Length": str(length)} | headers | self.served.headers
+        for key, text in headers.items():
             self.send_header(key, text)
         self.end_headers()
 

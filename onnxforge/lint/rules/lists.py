@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.bundle import MANIFEST
+from onnxforge.lint.files import is_path
 from onnxforge.lint.finding import Problem, Rule
 
 if TYPE_CHECKING:
@@ -168,8 +169,8 @@ def hash_differs(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """
     work = []
     for entry in _entries(bundle):
-        path = bundle.files.local(entry.name)
-        if path is not None and path.is_file() and entry.size in (None, path.stat().st_size):
+        path, size = bundle.files.local(entry.name), bundle.files.size(entry.name)
+        if path is not None and size is not None and entry.size in (None, size):
             work.append((entry, path))
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
         for (entry, _), found in zip(work, pool.map(_hashes, work), strict=True):
@@ -195,12 +196,12 @@ def _entries(bundle: Bundle) -> Iterator[_Entry]:
     manifest = bundle.manifest
     files = manifest.get("files") if isinstance(manifest, dict) else None
     for name, said in files.items() if isinstance(files, dict) else ():
-        if _is_path(name) and isinstance(said, dict) and not list(_faults_of(name, said)):
+        if is_path(name) and isinstance(said, dict) and not list(_faults_of(name, said)):
             hashes = {kind: said[kind] for kind in _HEX if kind in said}
             yield _Entry(MANIFEST, name, said["bytes"], hashes)
     for listed, lines in _lists(bundle):
         for match in filter(None, map(_LINE.fullmatch, lines)):
-            if _is_path(match[2]):
+            if is_path(match[2]):
                 name = posixpath.join(posixpath.dirname(listed), match[2])
                 yield _Entry(listed, name, None, {"sha256": match[1].lower()})
 
@@ -227,7 +228,7 @@ def _faults(manifest: object) -> Iterator[str]:
         yield "files is not a table"
     else:
         for name, said in files.items():
-            if not _is_path(name):
+            if not is_path(name):
                 yield f"{name!r} is no path in the folder"
             else:
                 yield from _faults_of(name, said)
@@ -246,11 +247,6 @@ def _faults_of(name: str, said: object) -> Iterator[str]:
         value = said.get(kind)
         if kind in said and not (isinstance(value, str) and form.fullmatch(value)):
             yield f"files.{name!r}.{kind} is no {kind}"
-
-
-def _is_path(name: str) -> bool:
-    parts = name.split("/")
-    return "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
 RULES = (

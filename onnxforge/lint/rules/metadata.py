@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from onnxforge.errors import ModelError
-from onnxforge.lint.bundle import METADATA
+from onnxforge.lint.bundle import METADATA, told_graphs
+from onnxforge.lint.files import is_path
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.held import by_file
 
@@ -75,7 +76,7 @@ def metadata_malformed(bundle: Bundle, options: Options) -> Iterator[Problem]:
             return
         for fault in _faults(found, _KEYS, ""):
             yield Problem(fault, file=METADATA)
-        for path, graph in _graphs(bundle):
+        for path, graph in told_graphs(bundle.said):
             for fault in _faults(graph, _GRAPH_KEYS, path):
                 yield Problem(fault, file=METADATA)
 
@@ -100,7 +101,7 @@ def metadata_untrue(bundle: Bundle, options: Options) -> Iterator[Problem]:
         None.
     """
     models = {model.name: model for model in bundle.models}
-    for path, graph in _graphs(bundle):
+    for path, graph in told_graphs(bundle.said):
         if list(_faults(graph, _GRAPH_KEYS, path)):
             continue
         model = models.get(graph["model"])
@@ -193,7 +194,7 @@ def gate_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    for path, graph in _graphs(bundle):
+    for path, graph in told_graphs(bundle.said):
         if graph.get("pipeline") and graph.get("gates") == []:
             yield Problem(f"{path} has no gate", file=METADATA)
 
@@ -222,7 +223,7 @@ def named_file_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
         return
     said = bundle.said
     names: dict[str, None] = {}
-    for _, graph in _graphs(bundle):
+    for _, graph in told_graphs(bundle.said):
         data = graph.get("data")
         words = [graph.get("model"), *(data if isinstance(data, list) else [])]
         names |= {word: None for word in words if isinstance(word, str)}
@@ -231,7 +232,9 @@ def named_file_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
     names |= {word: None for word in words if isinstance(word, str)}
     told = by_file(bundle.models)  # what models name themselves is told of those
     for name in names:
-        if bundle.files.size(name) is None and name not in told:
+        if not is_path(name):
+            yield Problem(f"{name!r} is no path in the folder", file=METADATA)
+        elif bundle.files.size(name) is None and name not in told:
             yield Problem(f"{name} is not there", file=METADATA)
     yield from _named_elsewhere(bundle)
 
@@ -296,18 +299,8 @@ def licence_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
         yield Problem("no licence: neither a file, nor in README.md or metadata.json", file="")
 
 
-def _graphs(bundle: Bundle) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The graphs that metadata.json tells of, and where it does."""
-    tiers = bundle.said.get("tiers")
-    for tier, content in tiers.items() if isinstance(tiers, dict) else ():
-        graphs = content.get("graphs") if isinstance(content, dict) else None
-        for name, graph in graphs.items() if isinstance(graphs, dict) else ():
-            if isinstance(graph, dict):
-                yield f"tiers.{tier}.graphs.{name}", graph
-
-
 def _gates(bundle: Bundle) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for path, graph in _graphs(bundle):
+    for path, graph in told_graphs(bundle.said):
         gates = graph.get("gates")
         for gate in gates if isinstance(gates, list) else ():
             if isinstance(gate, dict):
