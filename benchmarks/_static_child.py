@@ -55,7 +55,7 @@ class Reader:
         return iter(self._samples)
 
 
-def read(paths: Sequence[str], equal: str = "") -> Reader:
+def read(paths: Sequence[str | Path], equal: str = "") -> Reader:
     """Read samples, and make them equally long if wanted: by zeros or by themselves."""
     samples = []
     for path in paths:

@@ -9,9 +9,10 @@ of onnx-neural-compressor, in an environment of its own. All quantize MatMul and
 channel, and activations as uint8; ours as int8 too. "Both exclusions" leaves products of two
 activations alone and quantizes no output of a product: by itself onnxruntime's does both.
 
-What a tool cannot read is prepared for it and said below the table: samples of equal length,
-which --equal makes, opset 17 where QDQ has no scale for each channel, and quant_pre_process.
-What was built stays in --dir.
+What a tool cannot read is prepared for it and said below the table: samples made equally long
+by zeros, opset 17 where QDQ has no scale for each channel, and quant_pre_process. With --equal
+all tools are given samples of one length: what a model has seen of long ones decides how much
+it clips of others. What was built stays in --dir.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import _static_child
+import numpy as np
 import onnx
 import runtimes
 import tiers
@@ -102,12 +104,14 @@ class Folder:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self._options = options
         self.source = Path(options.model[name]).absolute()
-        self.calibration = Path(options.calibrate[name]).absolute()
         self.held_out = Path(options.data[name]).absolute()
-        self._equal = options.equal.get(name, "pad")
         self._home = (options.dir / name).absolute()
         self._home.mkdir(parents=True, exist_ok=True)
         self._stats: dict[Path, Path] = {}
+        given = Path(options.calibrate[name]).absolute()
+        self._is_equal = name in options.equal
+        how = options.equal.get(name, "")
+        self.calibration = self._equalled(given, how) if how else given
 
     def build(self, text: str) -> tiers.Candidate:
         """Make what a row of the table is about."""
@@ -139,18 +143,18 @@ class Folder:
         }
         python = sys.executable
         prepared = ("", "full", "plain")
-        lengths = ("", self._equal)
+        lengths = ("",) if self._is_equal else ("", "pad")
         if order["job"] == "onc":
             cache = self._options.cache
             python = str(runtimes.environment(COMPRESSOR, cache, NEEDS).python)
-            prepared, lengths = ("",), (self._equal,)
+            prepared, lengths = ("",), lengths[-1:]
         for way, equal in itertools.product(prepared, lengths):
             path = self._home / "order.json"
             path.write_text(json.dumps({**order, "prepared": way, "equal": equal}))
             command = [python, str(CHILD), str(path)]
             reason = tiers.make(command, made.path, self._options.timeout)
             words = ["after quant_pre_process" + " without symbolic shapes" * (way == "plain")]
-            words = [*words[: bool(way)], *["samples of equal length"][: bool(equal)]]
+            words = [*words[: bool(way)], *["samples equally long"][: bool(equal)]]
             how = ", ".join(words) or "as it is"
             if not reason:
                 made.nbytes = sum(file.stat().st_size for file in own.iterdir())
@@ -159,6 +163,15 @@ class Folder:
             made.notes.append(f"not built {how}: {reason}")
         made.failure = "not built"
         return made
+
+    def _equalled(self, given: Path, how: str) -> Path:
+        """The same samples, equally long."""
+        folder = self._home / "equal"
+        folder.mkdir(exist_ok=True)
+        paths = sorted(given.glob("*.npz"))
+        for path, sample in zip(paths, _static_child.read(paths, how), strict=True):
+            np.savez(folder / path.name, **sample)
+        return folder
 
     def _raised(self) -> Path:
         """The model at an opset that has QDQ for each channel."""
@@ -234,6 +247,7 @@ def _executed(models: Sequence[Path], scratch: Path) -> list[dict[str, int]]:
 def table(rows: list[Row]) -> Iterator[str]:
     """The markdown table, and below it what no column holds."""
     heads = ["tier", "MB", "integer products", "SQNR dB", "worst", "cosine", "worst"]
+    heads += ["not float, same"]
     heads += ["seen: SQNR dB", "worst", "cosine", "ms", "to fp32"]
     heads += ["to ort plain", "to ort excluding"]
     yield f"| {' | '.join(heads)} |"
@@ -257,7 +271,7 @@ def _cells(row: Row) -> list[str]:
     cells = [f"{integers} of {sum(row.products.values())}"]
     assert made.distance is not None, "it did not fail"
     cells += [f"{made.distance.sqnr_db:.2f}", f"{made.worst:.2f}"]
-    cells += [f"{made.distance.cosine:.5f}", f"{made.cosine:.5f}"]
+    cells += [f"{made.distance.cosine:.5f}", f"{made.cosine:.5f}", made.same or "-"]
     if seen.distance is None:
         cells += ["-"] * 3
     else:
@@ -332,7 +346,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME=pad|wrap",
-        help="equal lengths by zeros, or by the sample once more",
+        help="one length for all: zeros, or samples again",
     )
     add(
         "--tier",
