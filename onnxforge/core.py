@@ -113,8 +113,8 @@ class Pass(ir.passes.PassBase):
         name: The word that stands for the pass in a pipeline text.
         effect: What the pass may do.
         codes: What each finding code of the pass means.
-        files: Names of the options that name a file of statistics. The file is read before the
-            pass runs, which finds what it holds by its name in ``Model.meta[FILES]``.
+        files: Names of the options that name files, of statistics or of samples. They are read
+            before the pass runs, which gets what they hold by `onnxforge.known.handed`.
     """
 
     name: ClassVar[str]

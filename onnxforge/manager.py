@@ -17,11 +17,10 @@ import onnx_ir as ir
 from onnxforge import laws, model_io
 from onnxforge.core import FILES, Effect, Fate, Finding, Pass, Result
 from onnxforge.errors import BrokenPass, CheckFailed, about
-from onnxforge.known import BY_HASH, KnownSample, known, named
+from onnxforge.known import BY_HASH, Known, KnownSample, hand_over, named
 from onnxforge.placement import Layout
 from onnxforge.registry import parse
 from onnxforge.saving import Progress, Saved, refuse_to_overwrite, save, save_shared
-from onnxforge.stats_file import Known
 from onnxforge.storage.extents import overlapping
 from onnxforge.verify import interface, problem
 from onnxforge.walk import tensors
@@ -318,8 +317,7 @@ class PassManager:
     def _step(self, step: Pass, model: ir.Model, *, sound: bool) -> tuple[Result, float]:
         start = time.perf_counter()
         before, types = interface(model), _types(model)
-        names = [name for words in named(step).values() for name in words]
-        model.meta[FILES] = {name: known(name, self.statistics) for name in names}
+        hand_over(step, model, self.statistics)
         law = laws.Witness(step, model, self.inputs) if self.check_laws else None
         result = step(model)
         if not isinstance(result, Result):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxforge.folding import Place, fold, scale_weight
 from onnxforge.integer import Product
+from onnxforge.known import Known, handed
 from onnxforge.numerics.calibration import ActivationStats, Part
 from onnxforge.numerics.channels import Channels, absmax
 from onnxforge.numerics.smoothing import (
@@ -29,7 +30,7 @@ from onnxforge.products import Reason
 from onnxforge.surgery import Surgery
 from onnxforge.weights import Weight
 
-__all__ = ["Group", "Rules", "Smoothed", "group_of", "is_finite"]
+__all__ = ["Group", "Rules", "Smoothed", "group_of", "is_finite", "known_activations"]
 
 
 _WORTH = 1.25  # 1 dB: one side is the less robust choice, a short side is soon exceeded
@@ -217,6 +218,17 @@ def _scaled(
         first, last = np.percentile(part.others / found, [tail, 100 - tail])
         least, most = max(least, min(0.0, float(first))), min(most, max(0.0, float(last)))
     return found, activation_grid(least, most, signed=rules.signed)
+
+
+def known_activations(model: ir.Model, stats: str) -> Mapping[str, ActivationStats]:
+    """What a file of statistics, by its name in a pipeline, knows of a model's activations.
+
+    Raises:
+        Refused: The file holds no statistics, or those of another model.
+    """
+    known = handed(model, stats, Known)
+    known.refuse_other(model)
+    return known.statistics.activations
 
 
 def is_finite(product: Product) -> bool:

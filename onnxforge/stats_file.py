@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +42,6 @@ class Known:
     path: Path
     sha256: str
     statistics: Statistics
-
-    @classmethod
-    def read(cls, path: Path) -> Known:
-        """Read a file; see `read_statistics`."""
-        statistics = read_statistics(path)
-        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest(), statistics)
 
     def refuse_other(self, model: ir.Model) -> None:
         """Refuse a model that the statistics are not of.

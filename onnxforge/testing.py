@@ -17,10 +17,10 @@ import onnx
 import onnx_ir as ir
 
 from onnxforge import laws
-from onnxforge.core import FILES, Effect
+from onnxforge.core import Effect
 from onnxforge.emulation import computes_in, emulate
 from onnxforge.errors import BrokenPass, CheckFailed, Refused
-from onnxforge.known import known, named
+from onnxforge.known import hand_over
 from onnxforge.model_io import from_proto, load
 from onnxforge.registry import parse
 from onnxforge.runtime.session import run as run_in_child
@@ -70,8 +70,7 @@ def conform(step: Pass, model: Path, folder: Path, inputs: Iterable[Arrays] = ()
 
 def give(step: Pass, model: ir.Model) -> ir.Model:
     """Hand a model the files that a pass names, as PassManager does."""
-    names = {name for found in named(step).values() for name in found}
-    model.meta[FILES] = {name: known(name, ()) for name in names}
+    hand_over(step, model)
     return model
 
 

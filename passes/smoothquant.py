@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from onnxforge import products, selection
-from onnxforge.core import FILES, Effect, Fate, Finding, Pass, Result
+from onnxforge.core import Effect, Fate, Finding, Pass, Result
 from onnxforge.errors import Refused
 from onnxforge.integer import Product
 from onnxforge.numerics.int8 import choose
@@ -18,7 +18,14 @@ from onnxforge.options import ByteSize
 from onnxforge.products import Candidate, Reason, Search, stored_type, told
 from onnxforge.qdq import Qdq, StaticIntegers
 from onnxforge.selection import Selection, skipped, treated
-from onnxforge.smoothing import Group, Rules, Smoothed, group_of, is_finite
+from onnxforge.smoothing import (
+    Group,
+    Rules,
+    Smoothed,
+    group_of,
+    is_finite,
+    known_activations,
+)
 from onnxforge.walk import Scope
 from onnxforge.weights import Weight, Weights
 
@@ -164,13 +171,12 @@ class SmoothQuantFoldPass(Pass):
                 fates.setdefault(weight, skipped(weight, *candidate.found))
         if not readers:
             return []
-        known = model.meta[FILES][self.stats]
-        known.refuse_other(model)
+        activations = known_activations(model, self.stats)
         groups: list[Group] = []
         for activation, mine in readers.items():
             # Bodies and functions may use a name of the main graph for another value.
             is_main = activation.graph is model.graph
-            stats = known.statistics.activations.get(activation.name) if is_main else None
+            stats = activations.get(activation.name or "") if is_main else None
             made: Group | Reason = Reason("OF250", "is not in statistics")
             if stats is not None:
                 outside = [p for p in mine if p.node.graph is model.graph]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from onnxforge.bundle.plan import needs_calibration, units
+from onnxforge.bundle.plan import units
 from onnxforge.bundle.recipe import MANIFEST, METADATA, PARITY
 from onnxforge.bundle.tasks import hashed
 from onnxforge.compare.document import Foreign
@@ -112,7 +112,7 @@ def metadata(plan: Plan) -> dict[str, Any]:
 def _source(plan: Plan, name: str) -> dict[str, Any]:
     source = plan.state.sources[name]
     variants = [tier.graphs[name] for tier in plan.recipe.tiers.values()]
-    known = plan.state.statistics.get(name) if any(map(needs_calibration, variants)) else None
+    known = plan.state.statistics.get(name) if any(v.is_calibrated for v in variants) else None
     used = known and {"sha256": known["sha256"], "samples": known["samples"]}
     return {"sha256": source["digest"], "bytes": source["bytes"], "statistics": used}
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from onnxforge.compare.samples import Data
     from onnxforge.core import Pass
 
-__all__ = ["Plan", "Stage", "Status", "Unit", "needs_calibration", "units"]
+__all__ = ["Plan", "Stage", "Status", "Unit", "units"]
 
 Stage = Literal["calibrate", "make", "judge", "publish", "failed", "done"]
 
@@ -202,7 +202,7 @@ class Plan:
         return [
             graph
             for graph, variant in self._each(unit)
-            if needs_calibration(variant) and self.statistics(graph) is None
+            if variant.is_calibrated and self.statistics(graph) is None
         ]
 
     def _each(self, unit: Unit) -> list[tuple[Graph, Variant]]:
@@ -371,15 +371,6 @@ class Plan:
     def staging(self, unit: Unit) -> Path:
         """Where a unit is made."""
         return self.state.folder / "staged" / str(unit).replace("*", "shared")
-
-
-def needs_calibration(variant: Variant) -> bool:
-    """Whether a pipeline names the statistics of the graph at hand."""
-    return any(
-        getattr(step, option) == CALIBRATION
-        for step in variant.passes
-        for option in step.files
-    )
 
 
 def _changes(record: Mapping[str, Any] | None, key: Mapping[str, Any]) -> tuple[str, ...]:

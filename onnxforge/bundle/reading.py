@@ -189,8 +189,7 @@ def _passes(table: Table) -> tuple[Pass, ...]:
 
 def _refuse_impossible(graph: Graph, variant: Variant, table: Table) -> None:
     """Refuse a pipeline that wants statistics which the graph has not, gates likewise."""
-    named = [getattr(step, option) for step in variant.passes for option in step.files]
-    if CALIBRATION in named and graph.calibration is None:
+    if variant.is_calibrated and graph.calibration is None:
         table.fail(f"{graph.name!r} has no calibration for {CALIBRATION}", "pipeline")
     if variant.gates and variant.passes and graph.parity is None:
         table.fail(f"{graph.name!r} has no parity, which gates need", "gates")

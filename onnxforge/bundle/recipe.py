@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
+from onnxforge.known import named
+
 if TYPE_CHECKING:
     from onnxforge.compare.gates import Gate
     from onnxforge.compare.samples import Data
@@ -99,6 +101,11 @@ class Variant:
     path: PurePosixPath
     passes: tuple[Pass, ...]
     gates: tuple[Gate, ...]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its pipeline names the statistics of the graph at hand."""
+        return any(CALIBRATION in names for p in self.passes for names in named(p).values())
 
 
 @dataclass(frozen=True)

@@ -11,37 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from onnxforge.errors import DataError, OnnxforgeError
 from onnxforge.storage.leftovers import fcntl
-from onnxforge.storage.whole import write_text
+from onnxforge.storage.whole import digest, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["State", "digest", "fingerprint", "opened"]
+__all__ = ["State", "fingerprint", "opened"]
 
 _VERSION = 1  # an older or newer one is not read
-_BLOCK = 1 << 20
 
 
 def fingerprint(content: Any) -> str:
     """The SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def digest(path: Path, algorithm: str = "sha256") -> str:
-    """The hash of a file.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    found = hashlib.new(algorithm, usedforsecurity=False)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK):
-                found.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    return found.hexdigest()
 
 
 class State:

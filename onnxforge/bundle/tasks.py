@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from onnxforge.bundle.describe import coverage, described, gates, parity
-from onnxforge.bundle.state import digest
 from onnxforge.errors import DataError, about
+from onnxforge.storage.whole import digest
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxforge.compare.samples import Sample
-from onnxforge.core import FILES, Fate, Finding, Result
+from onnxforge.core import Fate, Finding, Result
 from onnxforge.emulation import calculates, computes_in
 from onnxforge.errors import Refused
 from onnxforge.halving.blocks import PRODUCTS, block, keep_interface, usual
@@ -21,7 +21,7 @@ from onnxforge.halving.parts import Part, Parts
 from onnxforge.halving.rewrite import Rewriter
 from onnxforge.halving.samples import keep_strained
 from onnxforge.halving.targets import Kernels, Target
-from onnxforge.known import KnownSample
+from onnxforge.known import KnownSample, handed
 from onnxforge.selection import CODES as WEIGHT_CODES
 from onnxforge.selection import skipped
 from onnxforge.weights import Weights
@@ -96,9 +96,7 @@ def halve(model: ir.Model, form: Format, policy: Policy) -> Result:
     limits = Limits(parts, weights, form)
     strained: list[Finding] = []
     if policy.samples:
-        given = [model.meta[FILES][name] for name in policy.samples]
-        if wrong := next((one for one in given if not isinstance(one, KnownSample)), None):
-            raise Refused(f"{wrong.path}: holds statistics, no sample")
+        given = [handed(model, name, KnownSample) for name in policy.samples]
         samples = [Sample(str(one.path), one.feeds) for one in given]
         strained = keep_strained(parts, form, samples)
     colour(parts)

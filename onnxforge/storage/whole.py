@@ -1,16 +1,32 @@
-"""Small files, written whole or not at all."""
+"""Files as a whole: written or left as they are, and hashed."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+from functools import partial
 from typing import TYPE_CHECKING
 
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import DataError, OnnxforgeError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["write_bytes", "write_text"]
+__all__ = ["digest", "write_bytes", "write_text"]
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file, read block by block.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            new = partial(hashlib.new, algorithm, usedforsecurity=False)
+            return hashlib.file_digest(file, new).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -625,6 +625,12 @@ def test_small_weights_are_left(stats: Path) -> None:
     assert "q = MatMul(a, wq)" in nodes(after.graph)
 
 
+def test_a_sample_is_no_file_of_statistics(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **INPUTS)
+    with pytest.raises(Refused, match=r"x\.npz: holds a sample, no statistics$"):
+        smoothed(net(), tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

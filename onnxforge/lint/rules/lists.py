@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
 import re
@@ -11,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onnxforge.errors import ModelError
 from onnxforge.lint.bundle import MANIFEST
 from onnxforge.lint.files import is_path
 from onnxforge.lint.finding import Problem, Rule
+from onnxforge.storage.whole import digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,14 +180,7 @@ def hash_differs(bundle: Bundle, options: Options) -> Iterator[Problem]:
 
 def _hashes(work: tuple[_Entry, Path]) -> dict[str, str]:
     entry, path = work
-    found = {}
-    for kind in entry.hashes:
-        try:
-            with path.open("rb") as file:
-                found[kind] = hashlib.file_digest(file, kind).hexdigest()
-        except OSError as error:
-            raise ModelError(f"{path}: {error.strerror}") from None
-    return found
+    return {kind: digest(path, kind) for kind in entry.hashes}
 
 
 def _entries(bundle: Bundle) -> Iterator[_Entry]:
