@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxforge.cli.options import PATH, pair, run_options, sample_options, writable
+from onnxforge.cli.options import PATH, run_options, sample_options, writable
 from onnxforge.errors import DataError, OnnxforgeError
 from onnxforge.progress import counted
 from onnxforge.text import printable
@@ -16,8 +16,9 @@ from onnxforge.text import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from onnxforge.compare.samples import Cache
+    from onnxforge.compare.samples import Data
     from onnxforge.numerics.calibration import Statistics
+    from onnxforge.runtime.session import Setup
 
 __all__ = ["calibrate"]
 
@@ -45,23 +46,14 @@ _SAVE_EVERY = 30.0  # seconds
 def calibrate(
     *,
     model: Path,
-    data: tuple[Path, ...],
-    preprocessor: Path | None,
-    seconds: float | None,
-    rate: int,
-    count: int,
-    seed: int,
-    size: tuple[str, ...],
-    cache: Cache | None,
+    samples: Data,
     output: Path,
     merge: tuple[Path, ...],
     resume: bool,
     force: bool,
     op_types: tuple[str, ...],
     rows: int,
-    provider: tuple[str, ...],
-    threads: int,
-    timeout: float | None,
+    setup: Setup,
 ) -> None:
     """Run MODEL on samples and write statistics of what its products multiply.
 
@@ -71,8 +63,6 @@ def calibrate(
     """
     from onnxforge.calibrate import Options
     from onnxforge.calibrate import calibrate as calibrated
-    from onnxforge.compare.samples import Data
-    from onnxforge.runtime.session import Setup
     from onnxforge.stats_file import write_statistics
 
     if output.exists() and model.exists() and output.samefile(model):
@@ -80,8 +70,6 @@ def calibrate(
     if output.exists() and not (force or resume):
         raise OnnxforgeError(f"{output}: is there already; --resume goes on, --force replaces")
     known = _merged([*([output] if resume and output.exists() else []), *merge])
-    sizes = dict(pair("--size", text) for text in size)
-    samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
     saved = time.monotonic()
 
     def progress(done: int, found: Statistics) -> None:
@@ -91,9 +79,7 @@ def calibrate(
             write_statistics(found, output)
             saved = time.monotonic()
 
-    options = Options(
-        Setup(provider or Setup.providers, threads, timeout=timeout), op_types, rows
-    )
+    options = Options(setup, op_types, rows)
     with counted(model.name, "samples") as show:
         found = calibrated(model, samples, options, known=known, progress=progress)
     write_statistics(found, output)

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxforge.cli.options import FORMAT, PATH, pair, run_options, sample_options
+from onnxforge.cli.options import FORMAT, PATH, run_options, sample_options
 from onnxforge.errors import Refused, about
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from onnxforge.compare.samples import Cache
+    from onnxforge.compare.samples import Data
     from onnxforge.exposure import Strain
+    from onnxforge.runtime.session import Setup
 
 __all__ = ["emulate"]
 
@@ -34,18 +35,9 @@ def emulate(
     source: Path,
     target: Path,
     passes: str,
-    data: tuple[Path, ...],
-    preprocessor: Path | None,
-    seconds: float | None,
-    rate: int,
-    count: int,
-    seed: int,
-    size: tuple[str, ...],
-    cache: Cache | None,
+    samples: Data,
     force: bool,
-    provider: tuple[str, ...],
-    threads: int,
-    timeout: float | None,
+    setup: Setup,
     style: str,
 ) -> None:
     """Write the float32 model that rounds as the tier of SOURCE does, and runs anywhere.
@@ -53,12 +45,11 @@ def emulate(
     Without --passes SOURCE is the tier. With samples, values that the half type does not hold
     are named, and the option that keeps them float32.
     """
-    from onnxforge.compare.samples import Data, samples
+    from onnxforge.compare.samples import samples as drawn
     from onnxforge.emulation import emulate as emulated
     from onnxforge.exposure import makers, strains
     from onnxforge.manager import PassManager
     from onnxforge.model_io import load
-    from onnxforge.runtime.session import Setup
     from onnxforge.saving import refuse_to_overwrite, save
 
     refuse_to_overwrite([target.absolute()], force=force)
@@ -72,12 +63,9 @@ def emulate(
             raise Refused("no value of it is bfloat16 or float16")
     save(model, target, force=force)
     found: list[Strain] | None = None
-    if data or count:
-        sizes = dict(pair("--size", text) for text in size)
-        wanted = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
-        setup = Setup(provider or Setup.providers, threads, timeout=timeout)
-        drawn = samples(load(target, editable=False), wanted, timeout=timeout)
-        found = strains(model, roundings, drawn, known, setup)
+    if samples.paths or samples.count:
+        fed = drawn(load(target, editable=False), samples, timeout=setup.timeout)
+        found = strains(model, roundings, fed, known, setup)
     _tell(source, target, len(roundings), found, style)
 
 

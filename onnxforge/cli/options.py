@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxforge.errors import OnnxforgeError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from onnxforge.compare.samples import Cache
 
 __all__ = ["FORMAT", "PATH", "pair", "run_options", "sample_options", "writable"]
 
@@ -48,15 +54,55 @@ _RUN = (
 
 
 def sample_options(command: Any) -> Any:
-    """Options that say where samples come from."""
-    for option in reversed(_SAMPLES):
-        command = option(command)
-    return command
+    """Options that say where samples come from.
+
+    Args:
+        command: The command, which gets ``samples``, a `Data`, in their place.
+    """
+
+    @functools.wraps(command)
+    def _gathered(
+        *,
+        data: tuple[Path, ...],
+        preprocessor: Path | None,
+        seconds: float | None,
+        rate: int,
+        count: int,
+        seed: int,
+        size: tuple[str, ...],
+        cache: Cache | None,
+        **rest: Any,
+    ) -> Any:
+        from onnxforge.compare.samples import Data
+
+        sizes = dict(pair("--size", text) for text in size)
+        samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
+        return command(samples=samples, **rest)
+
+    return _with(_SAMPLES, _gathered)
 
 
 def run_options(command: Any) -> Any:
-    """Options that say how a model is run."""
-    for option in reversed(_RUN):
+    """Options that say how a model is run.
+
+    Args:
+        command: The command, which gets ``setup``, a `Setup`, in their place.
+    """
+
+    @functools.wraps(command)
+    def _gathered(
+        *, provider: tuple[str, ...], threads: int, timeout: float | None, **rest: Any
+    ) -> Any:
+        from onnxforge.runtime.session import Setup
+
+        setup = Setup(provider or Setup.providers, threads, timeout=timeout)
+        return command(setup=setup, **rest)
+
+    return _with(_RUN, _gathered)
+
+
+def _with(options: Iterable[Any], command: Any) -> Any:
+    for option in reversed([*options]):
         command = option(command)
     return command
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from onnxforge.compare import Evidence, Gate
     from onnxforge.compare.document import Document
-    from onnxforge.compare.samples import Cache
+    from onnxforge.compare.samples import Data
     from onnxforge.numerics.text import TextEvidence
+    from onnxforge.runtime.session import Setup
 
 __all__ = ["compare", "verify"]
 
@@ -82,21 +83,12 @@ def compare(
     *,
     reference: Path | None,
     candidate: Path | None,
-    data: tuple[Path, ...],
-    preprocessor: Path | None,
-    seconds: float | None,
-    rate: int,
-    count: int,
-    seed: int,
-    size: tuple[str, ...],
-    cache: Cache | None,
+    samples: Data,
     argmax: tuple[str, ...],
     top: int,
     localize: bool,
     emulate: bool,
-    provider: tuple[str, ...],
-    threads: int,
-    timeout: float | None,
+    setup: Setup,
     texts: tuple[Path, Path] | None,
     max_abs: tuple[str, ...],
     min_sqnr: tuple[str, ...],
@@ -110,7 +102,7 @@ def compare(
     --text REF.jsonl HYP.jsonl compares transcripts, {"id": ..., "text": ...} in each line.
     Exit code 1 names the gates that did not hold.
     """
-    from onnxforge.compare import Data, Options, Setup
+    from onnxforge.compare import Options
     from onnxforge.compare import compare as compared
 
     told = _compared_texts(*texts) if texts else None
@@ -120,15 +112,13 @@ def compare(
         _show(None, told, style, output)
         return
     options = Options(
-        Setup(provider or Setup.providers, threads, timeout=timeout),
+        setup,
         argmax=dict(pair("--argmax", text, default=-1) for text in argmax),
         top=top,
         gates=_gates((max_abs, min_sqnr, min_cosine, max_argmax_rate)),
         localize=localize,
         emulate=emulate,
     )
-    sizes = dict(pair("--size", text) for text in size)
-    samples = Data(data, preprocessor, seconds, rate, count, seed, sizes, cache)
     found = compared(reference, candidate, samples, options)
     _show(found, told, style, output)
     if not found.passed:
