@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.rules.versions import lack
 from onnxforge.runtime.ceilings import ceiling
-from onnxforge.runtime.kernels import releases
+from onnxforge.runtime.kernels import Provider, kernels_of, releases
 
 if TYPE_CHECKING:
     from onnxforge.lint.config import Options
     from onnxforge.lint.model import Model
     from onnxforge.lint.view import Node
-    from onnxforge.runtime.kernels import Provider
 
 __all__ = ["RULES"]
+
+_NAMES: Mapping[Provider, str] = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "web": "onnxruntime-web",
+    "webgpu": "onnxruntime-web on WebGPU",
+}
 
 
 def no_kernel(model: Model, options: Options) -> Iterator[Problem]:
@@ -27,8 +33,9 @@ def no_kernel(model: Model, options: Options) -> Iterator[Problem]:
 
     What it does:
         Looks operator, version and element types of every node up in the kernels of the
-        releases from `min-ort` on, or of the newest one, also of onnxruntime-web with
-        `browser`. What the tables do not tell is not told.
+        releases from `min-ort` on, or of the newest one: those of the processor, or of each
+        of the `providers`, and of onnxruntime-web with `browser`. What the tables do not tell
+        is not told.
 
     Why it is bad:
         The release refuses the model.
@@ -73,7 +80,9 @@ def failing_form(model: Model, options: Options) -> Iterator[Problem]:
 
 
 def _problems(model: Model, options: Options, kinds: Sequence[str]) -> Iterator[Problem]:
-    providers: list[Provider] = ["cpu", "web"] if options.browser else ["cpu"]
+    providers = dict.fromkeys(map(kernels_of, options.providers or ("",)))
+    if options.browser:
+        providers["web"] = None
     found: dict[tuple[str, str], dict[Provider, list[str]]] = {}
     for provider in providers:
         for release, kind, where, text in _reasons(model, options.min_ort, provider):
@@ -83,8 +92,7 @@ def _problems(model: Model, options: Options, kinds: Sequence[str]) -> Iterator[
     told = {node.where for node in model.nodes if _is_told(node, options)}
     for (where, text), lacking in found.items():
         places = " and ".join(
-            f"{'onnxruntime' if provider == 'cpu' else 'onnxruntime-web'} {_span(names)}"
-            for provider, names in lacking.items()
+            f"{_NAMES[provider]} {_span(names)}" for provider, names in lacking.items()
         )
         if where not in told:
             yield Problem(f"{text} in {places}", where)
