@@ -24,6 +24,8 @@ __all__ = [
     "RuntimeFailed",
     "SpecError",
     "about",
+    "from_system",
+    "said",
 ]
 
 
@@ -108,3 +110,18 @@ def about(path: Path) -> Iterator[None]:
         if not named:
             error.args = (f"{path}: {error.args[0]}", *error.args[1:])
         raise
+
+
+def said(error: OSError) -> str:
+    """What the system says, and of which file."""
+    where = error.filename2 or error.filename
+    return f"{where}: {error.strerror}" if where else str(error)
+
+
+@contextlib.contextmanager
+def from_system() -> Iterator[None]:
+    """Tell what the system refuses, such as a full disk, as what a user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise OnnxforgeError(said(error)) from None

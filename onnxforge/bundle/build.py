@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.bundle.documents import write_documents
-from onnxforge.bundle.extras import is_preserved, put_extras, put_golden
+from onnxforge.bundle.extras import extras, is_preserved, put_extra, put_golden
 from onnxforge.bundle.jobs import Job, Queue
+from onnxforge.bundle.owned import places_of
 from onnxforge.bundle.place import move_file, move_models
 from onnxforge.bundle.plan import Plan, Stage, Status
+from onnxforge.bundle.recipe import DOCUMENTS
 from onnxforge.bundle.tasks import Calibrate, Judge, Look, Make, Preserve, Pulse, still
 from onnxforge.bundle.units import Unit, units
-from onnxforge.errors import CheckFailed, OnnxforgeError
+from onnxforge.errors import CheckFailed, OnnxforgeError, from_system
 
 if TYPE_CHECKING:
     from onnxforge.bundle.recipe import Graph, Recipe
@@ -58,7 +61,7 @@ def planned(
     """
     plan = Plan(recipe, state)
     found = [(unit, plan.status(unit)) for unit in units(recipe, only)]
-    state.save_hashes()
+    state.save()
     return found
 
 
@@ -111,19 +114,31 @@ class _Build:
 
     def run(self, wanted: list[Unit]) -> Outcome:
         self.wanted = wanted
+        self.plan.owned.claim(DOCUMENTS, force=self.force)
         for unit in wanted:
             self.attempt(unit)
         for graph in self.recipe.graphs.values():
             self.preserve(graph)
         self.queue.run()
-        for name in put_extras(self.plan, force=self.force):
-            self.done(name)
-        self.sweep()
-        for name in write_documents(self.plan):
-            self.done(name)
+        self.put_extras()
+        with self.trying(str(self.recipe.output)):
+            self.sweep()
+            for name in write_documents(self.plan):
+                self.done(name)
         self.state.forget_missing()
-        self.state.save_hashes()
+        self.state.save()
         return self.outcome
+
+    def put_extras(self) -> None:
+        """Put files that all tiers share into the bundle."""
+        found = list(extras(self.plan))
+        for extra in found:
+            name = str(extra.path)
+            with self.trying(name):
+                if put_extra(self.plan, extra, force=self.force):
+                    self.done(name)
+        for name in self.state.extras.keys() - {str(extra.path) for extra in found}:
+            del self.state.extras[name]
 
     def done(self, name: str, what: str = "written") -> None:
         self.outcome.made.append(name)
@@ -133,10 +148,20 @@ class _Build:
         self.outcome.errors[name] = str(error)
         self.announce(f"{name}: {error}")
 
+    @contextlib.contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """Note what cannot be done in this block, and go on behind it."""
+        try:
+            with from_system():
+                yield
+        except OnnxforgeError as error:
+            self.error(name, error)
+
     def attempt(self, unit: Unit) -> None:
         """Go on with a unit, or give it up."""
         try:
-            self.advance(unit)
+            with from_system():
+                self.advance(unit)
         except OnnxforgeError as error:
             self.give_up(unit, error)
 
@@ -203,23 +228,22 @@ class _Build:
     def preserve(self, graph: Graph) -> None:
         """Write golden values of a graph, if there are to be some and they are not there."""
         name = f"golden values of {graph.name}"
-        try:
+        folder = self.state.folder / "golden" / graph.name
+        with self.trying(name):
             if not graph.golden or is_preserved(self.plan, graph):
                 return
             key = self.plan.golden_key(graph)
-        except OnnxforgeError as error:
-            self.error(name, error)
-            return
-        folder = self.state.folder / "golden" / graph.name
 
-        def then(result: None) -> None:
-            put_golden(self.plan, graph, key, folder, force=self.force)
-            self.done(name)
+            def then(result: None) -> None:
+                put_golden(self.plan, graph, key, folder, force=self.force)
+                self.done(name)
 
-        assert graph.parity is not None
-        task = Preserve(graph.source, graph.parity, graph.golden, self.recipe.setup, folder)
-        failed = partial(self.error, name)
-        self.queue.add(Job(name, task, self.heavy(graph), then, failed))
+            assert graph.parity is not None
+            task = Preserve(
+                graph.source, graph.parity, graph.golden, self.recipe.setup, folder
+            )
+            failed = partial(self.error, name)
+            self.queue.add(Job(name, task, self.heavy(graph), then, failed))
 
     def make(self, unit: Unit, status: Status) -> None:
         if unit in self.begun:
@@ -231,23 +255,18 @@ class _Build:
         self.announce(f"{unit}: {', '.join(status.reasons)}")
 
         def then(found: list[dict[str, Any]]) -> None:
-            names = {name for each in found for name in each["files"]}
-            record = {
-                "key": key,
-                "places": sorted(str(unit.folder / name) for name in names),
-                "graphs": dict(zip(unit.graphs, found, strict=True)),
-            }
+            record = {"key": key, "graphs": dict(zip(unit.graphs, found, strict=True))}
             (self.state.published if in_place else self.state.staged)[str(unit)] = record
             folder = self.recipe.output / unit.folder if in_place else self.plan.staging(unit)
-            for each in found:
-                for name, file in each["files"].items():
-                    self.state.know(folder / name, file["sha256"])
+            files = {name: file for each in found for name, file in each["files"].items()}
+            for name, file in files.items():
+                self.state.know(folder / name, file["sha256"])
             self.state.save()
-            size = sum(f["bytes"] for each in found for f in each["files"].values())
+            size = sum(file["bytes"] for file in files.values())
             self.announce(f"{unit}: made, {size:,} bytes")
             self.attempt(unit)
 
-        task: Any = Look(graphs[0].source, self.recipe.md5)
+        task: Any = Look(graphs[0].source)
         if not in_place:
             task = self.task_of(unit, graphs)
         self.queue.add(Job(str(unit), task, _BASE, then, partial(self.give_up, unit)))
@@ -264,7 +283,6 @@ class _Build:
             names=tuple(variant.path.name for variant in unit.variants),
             folder=self.plan.staging(unit),
             weights=unit.tier.weights,
-            md5=self.recipe.md5,
         )
 
     def judge(self, unit: Unit, status: Status) -> None:
@@ -303,54 +321,47 @@ class _Build:
         self.settled[unit] = stage
         mine = [each for each in self.wanted if each.tier is unit.tier]
         ends = [self.settled.get(each, "failed") for each in mine]
-        for each, end in zip(mine, ends, strict=True) if "failed" not in ends else ():
-            if end == "publish":
-                self.publish(each)
+        ready = [each for each in mine if self.settled.get(each) == "publish"]
+        if "failed" in ends or not ready:
+            return
+        with self.trying(unit.tier.name):
+            for each in ready:
+                self.plan.hold(each)
+            records = [self.state.staged[str(each)] for each in ready]
+            places = [place for record in records for place in places_of(record)]
+            self.plan.owned.claim(places, force=self.force)
+            for each in ready:
+                with self.trying(str(each)):
+                    self.publish(each)
 
     def publish(self, unit: Unit) -> None:
-        """Put a unit into its place, and what it replaces away."""
+        """Put a unit into its place."""
         record, staged = self.state.staged[str(unit)], self.plan.staging(unit)
         folder = self.recipe.output / unit.folder
         graphs = record["graphs"].values()
         files = {name: file for graph in graphs for name, file in graph["files"].items()}
         models = [graph["model"] for graph in graphs]
         data = sorted({name for graph in graphs for name in graph["data"]})
-        try:
-            self.plan.claim([folder / name for name in files], force=self.force)
-            move_models(staged, folder, models, data)
-            for name in sorted(files.keys() - {*models, *data}):
-                move_file(staged / name, folder / name, keep=False)
-        except OnnxforgeError as error:
-            self.error(str(unit), error)
-            return
+        move_models(staged, folder, models, data)
+        for name in sorted(files.keys() - {*models, *data}):
+            move_file(staged / name, folder / name, keep=False)
         for name, file in files.items():
             self.state.know(folder / name, file["sha256"])
-        before = self.state.published.get(str(unit))
         self.state.published[str(unit)] = record
         del self.state.staged[str(unit)]
         self.state.save()
-        self.remove_left(before)
         shutil.rmtree(staged, ignore_errors=True)
         self.done(str(unit), "published")
 
-    def remove_left(self, before: Mapping[str, Any] | None) -> None:
-        """Remove files that an earlier build made and that nothing has any more."""
-        records = self.state.published.values()
-        kept = {place for record in records for place in record["places"]}
-        for place in before["places"] if before else ():
-            if place not in kept:
-                (self.recipe.output / place).unlink(missing_ok=True)
-
     def sweep(self) -> None:
-        """Remove what was made in another way; tell of tiers that are no more."""
-        known = {str(unit) for unit in units(self.recipe)}
-        for name in sorted(self.state.published.keys() - known):
-            tier = name.partition("/")[0]
-            if tier in self.recipe.tiers:
-                self.remove_left(self.state.published.pop(name))
-                self.state.save()
-            else:
-                self.announce(f"{name}: is not in the recipe any more; its files are left")
-        for graph in self.recipe.graphs.values():
-            if not graph.golden:
-                self.remove_left(self.state.golden.pop(graph.name, None))
+        """Remove what is of the bundle no more, and what no build needs any more."""
+        state, names = self.state, map(str, units(self.recipe))
+        found = self.outcome.failed or self.outcome.errors
+        whole = not found and all(name in state.published for name in names)
+        self.plan.owned.forget(whole=whole)
+        state.save()
+        for place in self.plan.owned.sweep():
+            self.announce(f"{place}: removed")
+        if whole and not state.staged:
+            kept = {self.plan.statistics_path(*each).name for each in self.plan.calibrated()}
+            state.clear(kept)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from onnxforge.bundle.owned import folder_of, places_of
 from onnxforge.bundle.recipe import MANIFEST, METADATA, PARITY
 from onnxforge.bundle.tasks import hashed
 from onnxforge.bundle.units import units
 from onnxforge.compare.document import Foreign
 from onnxforge.compare.render import table_as_markdown
 from onnxforge.compare.tables import Table
-from onnxforge.storage.whole import write_text
+from onnxforge.storage.whole import digest, write_text
 
 if TYPE_CHECKING:
     from onnxforge.bundle.plan import Plan
-    from onnxforge.bundle.recipe import Graph, Targets
-    from onnxforge.bundle.units import Unit
+    from onnxforge.bundle.recipe import Graph, Targets, Tier
 
 __all__ = ["SCHEMA", "as_json", "manifest", "metadata", "parity", "write_documents"]
 
@@ -73,10 +75,14 @@ def as_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _published(plan: Plan) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    for unit in units(plan.recipe):
-        if record := plan.state.published.get(str(unit)):
-            yield unit, record
+def _published(plan: Plan) -> Iterator[tuple[Tier, dict[str, Any]]]:
+    """What is in its place, perhaps as an earlier recipe wanted it."""
+    published = plan.state.published
+    now = [str(unit) for unit in units(plan.recipe)]
+    for unit in (*now, *sorted(published.keys() - now)):
+        tier = plan.recipe.tiers.get(unit.partition("/")[0])
+        if tier and unit in published:
+            yield tier, published[unit]
 
 
 def metadata(plan: Plan) -> dict[str, Any]:
@@ -84,10 +90,11 @@ def metadata(plan: Plan) -> dict[str, Any]:
     recipe = plan.recipe
     tiers: _Records = {}
     versions: dict[str, set[str]] = {}
-    for unit, record in _published(plan):
-        empty = {"targets": _targets(unit.tier.targets), "graphs": {}}
-        graphs = tiers.setdefault(unit.tier.name, empty)["graphs"]
-        graphs |= {name: _graph(unit, entry) for name, entry in record["graphs"].items()}
+    for tier, record in _published(plan):
+        empty = {"targets": _targets(tier.targets), "graphs": {}}
+        graphs = tiers.setdefault(tier.name, empty)["graphs"]
+        entries, folder = record["graphs"], folder_of(record)
+        graphs |= {n: _graph(folder, entries[n]) for n in recipe.graphs if n in entries}
         for tool, version in record["key"]["toolchain"].items():
             versions.setdefault(tool, set()).add(str(version))
     measured = (g["parity"] for tier in tiers.values() for g in tier["graphs"].values())
@@ -130,8 +137,7 @@ def _statistics(plan: Plan, graph: Graph) -> dict[str, Any] | None:
     return {"sha256": known["sha256"], "samples": known["samples"], "file": file}
 
 
-def _graph(unit: Unit, entry: Mapping[str, Any]) -> dict[str, Any]:
-    folder: PurePosixPath = unit.folder
+def _graph(folder: PurePosixPath, entry: Mapping[str, Any]) -> dict[str, Any]:
     names = [entry["model"], *entry["data"]]
     judged = entry.get("judged", {"parity": None, "gates": []})
     return {
@@ -148,15 +154,31 @@ def manifest(plan: Plan) -> dict[str, Any]:
     """Size and hashes of all files but the manifest, as ``manifest.schema.json`` says."""
     recipe, state = plan.recipe, plan.state
     files: dict[str, Any] = {}
-    for unit, record in _published(plan):
-        for entry in record["graphs"].values():
-            files |= {str(unit.folder / name): file for name, file in entry["files"].items()}
+    for record in state.published.values():
+        files |= places_of(record)
     for each in state.golden.values():
         files |= each["places"]
     files |= state.extras
     for name in (METADATA, PARITY):
-        files[name] = hashed(recipe.output / name, md5=recipe.md5)
+        files[name] = hashed(recipe.output / name)
+    if recipe.md5:
+        _know_md5(plan, files)
+        files = {
+            name: {**file, "md5": state.md5[file["sha256"]]} for name, file in files.items()
+        }
     return {"schema": SCHEMA, "files": dict(sorted(files.items()))}
+
+
+def _know_md5(plan: Plan, files: Mapping[str, Any]) -> None:
+    """Take the MD5 of files of which it is not known from before."""
+    known = plan.state.md5
+    new = {file["sha256"]: name for name, file in files.items() if file["sha256"] not in known}
+    with ThreadPoolExecutor() as pool:
+        paths = [plan.recipe.output / name for name in new.values()]
+        known.update(zip(new, pool.map(partial(digest, algorithm="md5"), paths), strict=True))
+    for sha in known.keys() - {file["sha256"] for file in files.values()}:
+        del known[sha]
+    plan.state.save()
 
 
 def parity(told: Mapping[str, Any]) -> str:

@@ -15,50 +15,44 @@ if TYPE_CHECKING:
     from onnxforge.bundle.plan import Plan
     from onnxforge.bundle.recipe import Graph
 
-__all__ = ["is_preserved", "put_extras", "put_golden"]
+__all__ = ["extras", "is_preserved", "put_extra", "put_golden"]
 
 
-def put_extras(plan: Plan, *, force: bool) -> Iterator[str]:
-    """Put files into the bundle that are missing or out of date.
+def extras(plan: Plan) -> Iterator[Extra]:
+    """All files that the tiers are to share, statistics among them."""
+    yield from plan.recipe.extras
+    for graph, key in plan.calibrated() if plan.recipe.statistics else ():
+        path = plan.statistics_path(graph, key)
+        yield Extra(path, plan.recipe.statistics_of(graph), link=False)
+
+
+def put_extra(plan: Plan, extra: Extra, *, force: bool) -> bool:
+    """Put a file into the bundle if it is missing or out of date.
 
     Args:
         plan: What is to be there.
-        force: Replace files that are not of this recipe.
+        extra: The file.
+        force: Replace one that is not of this recipe.
 
-    Yields:
-        The path of each that was put there.
+    Returns:
+        Whether it was put there.
 
     Raises:
-        OnnxforgeError: One cannot be read or put there.
+        OnnxforgeError: It cannot be read or put there.
     """
-    recipe, state = plan.recipe, plan.state
-    extras = [*recipe.extras, *_statistics(plan)]
-    for extra in extras:
-        target, name = recipe.output / extra.path, str(extra.path)
-        sha = state.sha256(extra.source)
-        known = state.extras.get(name)
-        expected = sha, recipe.md5
-        is_known = known is not None and (known["sha256"], "md5" in known) == expected
-        if is_known and state.holds(target, sha):
-            continue
-        if target.resolve() != extra.source.resolve():
-            plan.claim([target], force=force)
-            move_file(extra.source, target, link=extra.link)
-        state.extras[name] = hashed(target, md5=recipe.md5)
-        state.know(target, sha)
-        yield name
-    for name in state.extras.keys() - {str(extra.path) for extra in extras}:
-        known = state.extras.pop(name)
-        if name in state.claims and state.holds(recipe.output / name, known["sha256"]):
-            (recipe.output / name).unlink()
-        state.save()
-
-
-def _statistics(plan: Plan) -> Iterator[Extra]:
-    for graph in plan.recipe.graphs.values() if plan.recipe.statistics else ():
-        if (known := plan.used_statistics(graph)) is not None:
-            path = plan.statistics_path(graph, known["key"])
-            yield Extra(path, plan.recipe.statistics_of(graph), link=False)
+    state, name = plan.state, str(extra.path)
+    target, sha = plan.recipe.output / extra.path, state.sha256(extra.source)
+    known = state.extras.get(name)
+    is_itself = target.resolve() == extra.source.resolve()
+    is_there = known is not None and known["sha256"] == sha and state.holds(target, sha)
+    if is_there and (is_itself or extra.link or not target.samefile(extra.source)):
+        return False
+    if not is_itself:
+        plan.owned.claim([name], force=force)
+        move_file(extra.source, target, link=extra.link)
+    state.extras[name] = hashed(target)
+    state.know(target, sha)
+    return True
 
 
 def is_preserved(plan: Plan, graph: Graph) -> bool:
@@ -69,7 +63,6 @@ def is_preserved(plan: Plan, graph: Graph) -> bool:
         and known["key"] == plan.golden_key(graph)
         and all(
             plan.state.holds(plan.recipe.output / place, file["sha256"])
-            and ("md5" in file) == plan.recipe.md5
             for place, file in known["places"].items()
         )
     )
@@ -93,15 +86,12 @@ def put_golden(
     recipe, state = plan.recipe, plan.state
     inside = recipe.golden / graph.name
     files = {str(inside / name): folder / name for name in _below(folder)}
-    plan.claim([recipe.output / place for place in files], force=force)
-    before = state.golden.get(graph.name, {"places": {}})["places"]
+    plan.owned.claim(files, force=force)
     places = {}
     for place, file in files.items():
-        places[place] = hashed(file, md5=recipe.md5)
+        places[place] = hashed(file)
         move_file(file, recipe.output / place, keep=False)
         state.know(recipe.output / place, places[place]["sha256"])
-    for place in before.keys() - places.keys():
-        (recipe.output / place).unlink(missing_ok=True)
     state.golden[graph.name] = {"key": key, "places": places}
     state.save()
 

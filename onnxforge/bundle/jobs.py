@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxforge.bundle.tasks import Pulse, still
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import OnnxforgeError, from_system
 from onnxforge.postponed import run_postponed
 
 __all__ = ["Job", "Queue", "machine_memory"]
@@ -97,6 +97,7 @@ class Queue:
 
     def _end(self, job: Job, future: Future[Any]) -> None:
         try:
-            job.then(future.result())
+            with from_system():
+                job.then(future.result())
         except OnnxforgeError as error:
             job.failed(error)

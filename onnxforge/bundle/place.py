@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import from_system
 from onnxforge.readers import readers
 from onnxforge.skeleton import set_external
 from onnxforge.storage.leftovers import remove_abandoned
@@ -45,14 +45,10 @@ def move_models(
         (staged / data[number]).replace(to)
 
     targets = [folder / name for name in models], [folder / name for name in data]
-    try:
+    with from_system():
         folder.mkdir(parents=True, exist_ok=True)
         publish(*targets, write_model, write_data)
         remove_abandoned(folder, models, lambda: readers(folder))
-    except OSError as error:
-        raise OnnxforgeError(
-            f"{error.filename2 or error.filename}: {error.strerror}"
-        ) from None
 
 
 def _point(source: Path, to: Path, names: Mapping[str, str]) -> None:
@@ -86,7 +82,7 @@ def move_file(source: Path, target: Path, *, link: bool = False, keep: bool = Tr
         OnnxforgeError: It cannot be moved.
     """
     new = target.with_name(f".{target.name}.tmp")
-    try:
+    with from_system():
         target.parent.mkdir(parents=True, exist_ok=True)
         new.unlink(missing_ok=True)
         if not keep:
@@ -96,10 +92,6 @@ def move_file(source: Path, target: Path, *, link: bool = False, keep: bool = Tr
             put(source, new)
         new.replace(target)
         new.unlink(missing_ok=True)  # rename does nothing where both are names of one file
-    except OSError as error:
-        raise OnnxforgeError(
-            f"{error.filename2 or error.filename}: {error.strerror}"
-        ) from None
 
 
 def _linked(source: Path, new: Path) -> bool:

@@ -6,16 +6,15 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxforge.bundle.recipe import CALIBRATION, MANIFEST
+from onnxforge.bundle.owned import Owned
+from onnxforge.bundle.recipe import CALIBRATION
 from onnxforge.bundle.state import fingerprint
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import DataError
 from onnxforge.known import BY_HASH, named
 from onnxforge.model_io import files, load
 from onnxforge.registry import entries
@@ -60,6 +59,8 @@ class Plan:
         """Take the recipe and what is known from before."""
         self.recipe = recipe
         self.state = state
+        state.begin(recipe.output)
+        self.owned = Owned(recipe, state)
         self.tools = {name: importlib.metadata.version(name) for name in _TOOLS}
         self._sources: dict[str, tuple[str, int]] = {}
         self._hashed: dict[int, list[Any]] = {}
@@ -71,29 +72,36 @@ class Plan:
             OnnxforgeError: It cannot be read.
         """
         if graph.name not in self._sources:
-            paths = self._files(graph)
+            known = self._files(graph)
+            paths = [Path(path) for path in known["files"]]
             hashes = self.state.hashes(paths)
             lines = sorted((path.name, sha) for path, sha in zip(paths, hashes, strict=True))
             text = "".join(f"{sha}  {name}\n" for name, sha in lines)
             size = sum(path.stat().st_size for path in paths)
             sha = hashlib.sha256(text.encode()).hexdigest()
             self._sources[graph.name] = sha, size
-            self.state.sources[graph.name] |= {"digest": sha, "bytes": size}
+            self.state.sources[graph.name] = {**known, "digest": sha, "bytes": size}
         return self._sources[graph.name]
 
-    def _files(self, graph: Graph) -> list[Path]:
+    def hold(self, unit: Unit) -> None:
+        """See that sources are what they were when the build first read them.
+
+        Raises:
+            OnnxforgeError: One is not, or cannot be read any more.
+        """
+        now = Plan(self.recipe, self.state)
+        for graph, _ in self._each(unit):
+            if now.source(graph) != self.source(graph):
+                raise DataError(f"{graph.source}: changed during the build; build again")
+
+    def _files(self, graph: Graph) -> dict[str, Any]:
         """The model file and its data files, which the model file tells."""
         known, path = self.state.sources.get(graph.name), str(graph.source.absolute())
         sha = self.state.sha256(graph.source) if graph.source.is_file() else None
         if known is None or known["sha256"] != sha or known["path"] != path:
             found = files(load(graph.source, editable=False))
-            known = {
-                "sha256": sha,
-                "path": path,
-                "files": [str(path) for path in found],
-            }
-            self.state.sources[graph.name] = known
-        return [Path(path) for path in known["files"]]
+            known = {"sha256": sha, "path": path, "files": [str(path) for path in found]}
+        return known
 
     def statistics_key(self, graph: Graph) -> dict[str, Any]:
         """What the statistics of a graph depend on."""
@@ -123,6 +131,12 @@ class Plan:
         variants = [tier.graphs[graph.name] for tier in self.recipe.tiers.values()]
         needed = any(variant.is_calibrated for variant in variants)
         return self.state.statistics.get(graph.name) if needed else None
+
+    def calibrated(self) -> Iterator[tuple[Graph, dict[str, Any]]]:
+        """Graphs of which statistics are known and needed, and what these depend on."""
+        for graph in self.recipe.graphs.values():
+            if known := self.used_statistics(graph):
+                yield graph, known["key"]
 
     def passes(self, graph: Graph, variant: Variant) -> tuple[tuple[Pass, ...], list[Path]]:
         """The passes of a graph in a tier as they are run, and files of statistics."""
@@ -171,7 +185,6 @@ class Plan:
             "source": [self.source(graph)[0] for graph, _ in self._each(unit)],
             "pipeline": pipelines,
             "layout": [unit.tier.weights, *(str(variant.path) for variant in unit.variants)],
-            "manifest": self.recipe.md5,
             "toolchain": self.tools | third_parties,
         }
 
@@ -276,37 +289,6 @@ class Plan:
             for name, file in graph["files"].items()
             if not self.state.holds(folder / name, file["sha256"])
         )
-
-    def claim(self, paths: Iterable[Path], *, force: bool) -> None:
-        """Note, before it happens, that files are about to be put into the bundle.
-
-        Args:
-            paths: The files.
-            force: Claim what no build of this recipe put there as well.
-
-        Raises:
-            OnnxforgeError: There is such a file, and ``force`` is off.
-        """
-        for path in paths:
-            place = path.relative_to(self.recipe.output).as_posix()
-            known = place in self.state.claims or force
-            if not known and os.path.lexists(path) and not self._is_listed(place, path):
-                raise OnnxforgeError(f"{path}: is not of this recipe; --force replaces it")
-            self.state.claims[place] = True
-        self.state.save()
-
-    def _is_listed(self, place: str, path: Path) -> bool:
-        return place in self._listed and self.state.holds(path, self._listed[place])
-
-    @functools.cached_property
-    def _listed(self) -> dict[str, str]:
-        """The hashes in the manifest that is there: what was known may have been lost."""
-        try:
-            text = (self.recipe.output / MANIFEST).read_text(encoding="utf-8")
-            found = json.loads(text)["files"]
-            return {str(name): str(file["sha256"]) for name, file in found.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
 
     def staging(self, unit: Unit) -> Path:
         """Where a unit is made."""

@@ -30,6 +30,7 @@ from onnxforge.options import did_you_mean
 from onnxforge.registry import parse
 from onnxforge.runtime.ceilings import ceiling
 from onnxforge.runtime.session import Setup
+from onnxforge.saving import SHARED
 
 __all__ = ["read_recipe"]
 
@@ -289,20 +290,29 @@ def _refuse_collisions(recipe: Recipe, table: Table) -> None:
             _take(table, "golden", taken, recipe.golden / graph.name, "golden values")
         if recipe.statistics is not None:
             _take(table, "statistics", taken, recipe.statistics_of(graph), "statistics")
-    shared: dict[str, str] = {}
-    for tier, graph, variant in recipe.variants:
-        _take(
-            table.table("tiers"), tier.name, taken, variant.path, f"{tier.name}/{graph.name}"
-        )
-        folder = str(variant.path.parent).lower()
-        if tier.weights == "shared" and shared.setdefault(folder, tier.name) != tier.name:
-            inside = table.table("tiers")
-            inside.fail(f"shares data in the folder of tier {shared[folder]!r}", tier.name)
-        if recipe.is_source(graph, variant) and variant.passes:
-            table.table("tiers").fail(f"{variant.path} would replace its source", tier.name)
+    inside = table.table("tiers")
+    for tier in recipe.tiers.values():
+        _take_tier(inside, taken, recipe, tier)
     for number, extra in enumerate(recipe.extras):
         inside = table.tables("files", "source")[number]
         _take(inside, None, taken, extra.path, str(extra.source.name))
+
+
+def _take_tier(
+    table: Table, taken: dict[PurePosixPath, str], recipe: Recipe, tier: Tier
+) -> None:
+    """Give the files of a tier their places, none of which is that of a source of another."""
+    sources = {graph.source.resolve(): graph.name for graph in recipe.graphs.values()}
+    for name, variant in tier.graphs.items():
+        _take(table, tier.name, taken, variant.path, f"{tier.name}/{name}")
+        is_kept = not variant.passes and tier.weights == "keep"
+        if is_kept and recipe.is_source(recipe.graphs[name], variant):
+            continue
+        if owner := sources.get((recipe.output / variant.path).resolve()):
+            table.fail(f"{variant.path} would replace the source of {owner!r}", tier.name)
+    if tier.weights == "shared":
+        (folder,) = {variant.path.parent for variant in tier.graphs.values()}
+        _take(table, tier.name, taken, folder / SHARED, f"the shared data of {tier.name}")
 
 
 def _take(

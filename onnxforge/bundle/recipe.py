@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CALIBRATION",
+    "DOCUMENTS",
     "MANIFEST",
     "METADATA",
     "PARITY",
@@ -34,7 +35,7 @@ __all__ = [
 CALIBRATION = "@calibration"
 """What a pipeline names where it means the statistics of the graph at hand."""
 
-METADATA, MANIFEST, PARITY = "metadata.json", "manifest.json", "PARITY.md"
+METADATA, MANIFEST, PARITY = DOCUMENTS = "metadata.json", "manifest.json", "PARITY.md"
 
 Weights = Literal["keep", "inline", "sidecar", "shared"]
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ from onnxforge.storage.leftovers import fcntl
 from onnxforge.storage.whole import digest, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
 __all__ = ["State", "fingerprint", "opened"]
 
-_VERSION = 1  # an older or newer one is not read
+_VERSION = 2  # an older or newer one is not read
 
 
 def fingerprint(content: Any) -> str:
@@ -38,43 +39,49 @@ class State:
         staged: What is made and not in its place yet, by unit.
         published: What is in its place, by unit.
         extras: Files that all tiers share, by path in the bundle.
+        md5: The MD5 of files by their SHA-256.
         claims: All that was ever put, or about to be put, into the bundle, by path in it.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read what is there, or begin afresh."""
         self.folder = folder
-        self._path = folder / "state.json"
-        try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = {}
-        if not isinstance(content, dict) or content.get("version") != _VERSION:
+        self._path = folder / "state"
+        self._text = _read(self._path)
+        content = json.loads(self._text) if self._text else {}
+        if content.get("version") != _VERSION:
             content = {}
         self._hashes: dict[str, list[Any]] = content.get("hashes", {})
         self._parts: dict[str, dict[str, Any]] = content.get("parts", {})
+        self._output: str | None = content.get("output")
         self.sources = self._part("sources")
         self.statistics = self._part("statistics")
         self.golden = self._part("golden")
         self.staged = self._part("staged")
         self.published = self._part("published")
         self.extras = self._part("extras")
+        self.md5 = self._part("md5")
         self.claims = self._part("claims")
-        self._changed = False
+
+    def begin(self, output: Path) -> None:
+        """Forget what is in the bundle, if that was in another folder."""
+        place = os.path.relpath(output, self.folder)  # all of it may be moved together
+        if self._output != place:
+            for part in (self.golden, self.published, self.extras, self.claims):
+                part.clear()
+            self._output = place
 
     def _part(self, name: str) -> dict[str, Any]:
         return self._parts.setdefault(name, {})
 
     def save(self) -> None:
-        """Write it."""
-        content = {"version": _VERSION, "hashes": self._hashes, "parts": self._parts}
-        write_text(self._path, json.dumps(content, indent=1))
-        self._changed = False
-
-    def save_hashes(self) -> None:
-        """Write it if files were hashed since."""
-        if self._changed:
-            self.save()
+        """Write it, if there is something new."""
+        content = {"output": self._output, "hashes": self._hashes, "parts": self._parts}
+        text = json.dumps({"version": _VERSION, **content}, indent=1)
+        if text != self._text:
+            sha = hashlib.sha256(text.encode()).hexdigest()
+            write_text(self._path, f"{sha}\n{text}")
+            self._text = text
 
     def hashes(self, paths: Iterable[Path]) -> list[str]:
         """The SHA-256 of files; a file of the same size, time and inode is not read again.
@@ -95,23 +102,36 @@ class State:
         if _stamp(path) != stamp:
             raise DataError(f"{path}: changed while it was read")
         self._hashes[str(path.absolute())] = [*stamp, found]
-        self._changed = True
         return found
 
     def know(self, path: Path, sha256: str) -> None:
         """Note the hash of a file that was just written or moved."""
         self._hashes[str(path.absolute())] = [*_stamp(path), sha256]
-        self._changed = True
 
     def holds(self, path: Path, sha256: str) -> bool:
         """Whether a file is there and has this hash."""
         return path.is_file() and self.sha256(path) == sha256
+
+    def clear(self, kept: Collection[str]) -> None:
+        """Remove what is in the folder beside the state and files of some names."""
+        for path in self.folder.iterdir():
+            if path.name not in {"lock", self._path.name, *kept}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def forget_missing(self) -> None:
         """Forget the hashes of files that are gone."""
         gone = [path for path in self._hashes if not os.path.lexists(path)]
         for path in gone:
             del self._hashes[path]
+
+
+def _read(path: Path) -> str:
+    """What was written; nothing if it is damaged."""
+    try:
+        sha, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return ""
+    return text if hashlib.sha256(text.encode()).hexdigest() == sha else ""
 
 
 def _stamp(path: Path) -> list[int]:

@@ -99,7 +99,6 @@ class Make:
         names: What the results are called.
         folder: Where they go; all that is in it goes first.
         weights: See `onnxforge.bundle.recipe.Tier`.
-        md5: Whether to take that hash as well.
     """
 
     sources: tuple[Path, ...]
@@ -108,7 +107,6 @@ class Make:
     names: tuple[str, ...]
     folder: Path
     weights: Any
-    md5: bool
 
     def __call__(self, pulse: Pulse = still) -> list[dict[str, Any]]:
         """Do it; gives for each model what metadata say of it, and of its files."""
@@ -143,7 +141,7 @@ class Make:
         others = set(self.folder.iterdir()) - {target for _, target in models}
         return [
             {
-                **_looked_at(target, md5=self.md5, others=others),
+                **_looked_at(target, others),
                 "pipeline": ",".join(str(step.spec(full=True)) for step in passes),
                 "coverage": coverage(report),
             }
@@ -157,18 +155,16 @@ class Look:
 
     Attributes:
         source: The model.
-        md5: Whether to take that hash as well.
     """
 
     source: Path
-    md5: bool
 
     def __call__(self, pulse: Pulse = still) -> list[dict[str, Any]]:
         """Do it; gives what `Make` gives."""
-        return [{**_looked_at(self.source, md5=self.md5), "pipeline": "", "coverage": []}]
+        return [{**_looked_at(self.source), "pipeline": "", "coverage": []}]
 
 
-def _looked_at(path: Path, *, md5: bool, others: Iterable[Path] = ()) -> dict[str, Any]:
+def _looked_at(path: Path, others: Iterable[Path] = ()) -> dict[str, Any]:
     """What a model is, and the hashes of its files by their place beside it."""
     from onnxforge.model_io import files, load
 
@@ -179,7 +175,7 @@ def _looked_at(path: Path, *, md5: bool, others: Iterable[Path] = ()) -> dict[st
     return {
         "model": path.name,
         "data": data,
-        "files": {name: hashed(folder / name, md5=md5) for name in names},
+        "files": {name: hashed(folder / name) for name in names},
         **described(path),
     }
 
@@ -191,7 +187,7 @@ def _place(file: Path, folder: Path) -> str:
         raise DataError(f"{file}: is not in the folder of its model, {folder}") from None
 
 
-def hashed(path: Path, *, md5: bool) -> dict[str, Any]:
+def hashed(path: Path, *, md5: bool = False) -> dict[str, Any]:
     """Size and hashes of a file, as a manifest has them."""
     hashes = {"sha256": digest(path)} | ({"md5": digest(path, "md5")} if md5 else {})
     return {"bytes": path.stat().st_size, **hashes}

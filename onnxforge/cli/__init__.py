@@ -18,7 +18,7 @@ from onnxforge.cli.look import explain, inspect_model, list_passes
 from onnxforge.cli.proof import compare, verify
 from onnxforge.cli.run import run
 from onnxforge.cli.support import support
-from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError
+from onnxforge.errors import CheckFailed, OnnxforgeError, SpecError, said
 from onnxforge.interrupts import Interrupted, interruptible
 from onnxforge.postponed import postponed
 from onnxforge.text import printable
@@ -95,9 +95,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         click.echo("\n".join(_shortened(printable(line)) for line in lines), err=True)
         return _FAILED_CHECK if isinstance(error, CheckFailed) else _FAILED_RUN
     except OSError as error:  # a full disk, a folder that may not be written, ...
-        where = error.filename2 or error.filename
-        text = f"{where}: {error.strerror}" if where else str(error)
-        click.echo(_shortened(printable(f"onnxforge: {text}")), err=True)
+        click.echo(_shortened(printable(f"onnxforge: {said(error)}")), err=True)
         return _FAILED_RUN
     except Exception as bug:  # exit 1 would mean that a check said no
         traceback.print_exc()

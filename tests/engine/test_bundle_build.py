@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -463,8 +464,10 @@ def test_files_of_others_are_not_replaced(recipe: Path, tmp_path: Path) -> None:
     for name in ("out/fp16w/one.onnx", "out/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
-    with pytest.raises(OnnxforgeError, match=r"notes\.txt: is not of this recipe; --force"):
-        made(recipe)
+    refused = made(recipe).errors
+    assert "notes.txt: is not of this recipe; --force" in refused["notes.txt"]
+    assert refused.keys() == {"fp16w", "notes.txt"}
+    assert not (tmp_path / "out/fp16w/two.onnx").exists(), "half a tier is no tier"
     assert (tmp_path / "out/fp16w/one.onnx").read_text() == "mine"
     outcome = made(recipe, force=True)
     assert not outcome.errors
@@ -608,8 +611,10 @@ def test_a_source_that_is_missing_stops_nothing_else(full: Path, tmp_path: Path)
 def test_a_damaged_state_is_begun_afresh(recipe: Path, tmp_path: Path) -> None:
     made(recipe)
     before = contents(tmp_path / "out")
-    for text in ("", "[]", '{"version": 0}'):
-        (tmp_path / ".onnxforge/pair/state.json").write_text(text)
+    good = (tmp_path / ".onnxforge/pair/state").read_text()
+    other = hashlib.sha256(b'{"version": 0}').hexdigest() + '\n{"version": 0}'
+    for text in ("", "[]", other, good.replace('"key"', '"kye"'), good[:-1]):
+        (tmp_path / ".onnxforge/pair/state").write_text(text)
         made(recipe)
         assert contents(tmp_path / "out") == before
     assert State(tmp_path / ".onnxforge/pair").published

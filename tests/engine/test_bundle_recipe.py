@@ -366,5 +366,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_tier_would_replace_its_source(tmp_path: Path) -> None:
     text = FULL.replace('"out"', '"."').replace("source/", "fp16w/")
-    with pytest.raises(SpecError, match=r"tiers\.fp16w: fp16w/one\.onnx would replace its"):
+    with pytest.raises(
+        SpecError, match=r"tiers\.fp16w: fp16w/one\.onnx would replace the source of 'one'"
+    ):
         read_recipe(written(tmp_path, text))
