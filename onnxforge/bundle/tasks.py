@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from onnxforge.bundle.describe import coverage, described, gates, parity
-from onnxforge.errors import DataError, about
+from onnxforge.errors import CheckFailed, DataError, RuntimeFailed, about
 from onnxforge.storage.whole import digest
 
 if TYPE_CHECKING:
@@ -212,7 +212,12 @@ class Judge:
     gates: Sequence[Gate]
 
     def __call__(self, pulse: Pulse = still) -> dict[str, Any]:
-        """Do it; gives what metadata say, and why it is refused if it is."""
+        """Do it; gives what metadata say, and why it is refused if it is.
+
+        Raises:
+            CheckFailed: It does not run; what fails may be the time, so that is not kept.
+            RuntimeFailed: The source does not.
+        """
         from onnxforge.compare.engine import Options, compare
 
         options = Options(
@@ -225,15 +230,12 @@ class Judge:
             options,
             progress=lambda stage, done: pulse(),
         )
+        if failure := found.reference.failure:
+            raise RuntimeFailed(f"{self.source}: did not run to the end: {failure}")
+        if failure := found.candidate.failure:
+            raise CheckFailed(f"{self.candidate.name} did not run to the end: {failure}", ())
         reasons = [f"{g.gate} for {g.output}: {g.reason}" for g in found.gates if not g.passed]
-        for side in (found.reference, found.candidate):
-            if side.failure:
-                reasons.insert(0, f"did not run to the end: {side.failure}")
-        return {
-            "parity": parity(found),
-            "gates": gates(found),
-            "reasons": reasons,
-        }
+        return {"parity": parity(found), "gates": gates(found), "reasons": reasons}
 
 
 @dataclass(frozen=True)

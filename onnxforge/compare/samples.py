@@ -136,7 +136,8 @@ def from_paths(paths: Iterable[Path], model: ir.Model) -> Iterator[Sample]:
 def fit(sample: Sample, model: ir.Model) -> dict[str, np.ndarray]:
     """The values of a sample as a model takes them.
 
-    Types that numpy lacks come as raw bytes of that size, or as float32, which is rounded.
+    Types that numpy lacks come as raw bytes or unsigned integers of that size, or as float32,
+    which is rounded.
 
     Raises:
         DataError: An input is missing, unknown, or of another type or shape.
@@ -159,7 +160,7 @@ def _fitted(array: np.ndarray, value: ir.Value, what: str) -> np.ndarray:
         raise DataError(f"{what} is no tensor of numbers: {value.type}")
     dtype = value.type.dtype.numpy()
     foreign = dtype.isbuiltin != 1
-    if foreign and array.dtype.kind == "V" and array.dtype.itemsize == dtype.itemsize:
+    if foreign and array.dtype.kind in "Vu" and array.dtype.itemsize == dtype.itemsize:
         array = array.view(dtype)
     elif foreign and array.dtype == np.float32:
         array = array.astype(dtype)

@@ -58,7 +58,8 @@ class Bundle:
         models: The models that are looked at.
         others: Models that stand beside them, and may own parts of the same data files.
         whole: Whether everything that belongs to the bundle is in it; false for single files.
-        in_folders: Whether tiers are folders; else their names end the names of files.
+        in_folders: Whether tiers are folders, or told by metadata; else their names end the
+            names of files.
     """
 
     def __init__(self, files: Files, models: Sequence[Model], *, whole: bool) -> None:
@@ -67,7 +68,8 @@ class Bundle:
         self.models = models
         self.whole = whole
         self.others: Sequence[Model] = ()
-        self.in_folders = _sort(models, set(self._said_tiers))
+        told = {str(g.get("model")): (tier, name) for tier, name, g in _told(self.said)}
+        self.in_folders = _sort(models, told)
 
     @functools.cached_property
     def tiers(self) -> Mapping[str, Mapping[str, Model]]:
@@ -123,10 +125,6 @@ class Bundle:
         except (ValueError, RecursionError) as error:
             return f"is no JSON: {error}"
 
-    @property
-    def _said_tiers(self) -> Sequence[str]:
-        return list(_dict(self.said.get("tiers")))
-
 
 def _dict(found: Any) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
@@ -147,12 +145,17 @@ def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:
 
 def told_graphs(said: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The graphs that metadata in the form of onnxforge tell of, and where they do."""
+    for tier, name, graph in _told(said):
+        yield f"tiers.{tier}.graphs.{name}", graph
+
+
+def _told(said: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
     tiers = said.get("tiers") if isinstance(said, dict) else None
     for tier, content in tiers.items() if isinstance(tiers, dict) else ():
         graphs = content.get("graphs") if isinstance(content, dict) else None
         for name, graph in graphs.items() if isinstance(graphs, dict) else ():
             if isinstance(graph, dict):
-                yield f"tiers.{tier}.graphs.{name}", graph
+                yield tier, name, graph
 
 
 def is_tier(folder: str) -> bool:
@@ -165,17 +168,21 @@ def is_reduced(tier: str) -> bool:
     return tier.lower() not in _FULL and _TIER.fullmatch(tier) is not None
 
 
-def _sort(models: Sequence[Model], said: set[str]) -> bool:
-    """Give each model its tier and its stem; whether tiers are folders."""
-    folders = {_folder(model) for model in models}
+def _sort(models: Sequence[Model], told: Mapping[str, tuple[str, str]]) -> bool:
+    """Give each model its tier and its stem; whether tiers are folders, or told."""
+    said = {tier for tier, _ in told.values()}
+    others = [model for model in models if model.name not in told]
+    folders = {_folder(model) for model in others}
     tiers = {folder for folder in folders if _TIER.fullmatch(folder) or folder in said}
-    for model in models:
+    for model in others:
         folder = _folder(model)
         if folder in tiers:
             model.tier = folder
         elif not tiers:
             model.stem, model.tier = _split(model.stem, said)
-    return bool(tiers)
+    for model in models:
+        model.tier, model.stem = told.get(model.name, (model.tier, model.stem))
+    return bool(tiers or told)
 
 
 def _folder(model: Model) -> str:
