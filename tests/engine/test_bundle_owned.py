@@ -1,0 +1,329 @@
+"""What a build removes from a bundle, what it never touches, and what stays meanwhile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from onnxforge.bundle.state import State
+from onnxforge.errors import OnnxforgeError, SpecError
+from onnxforge.errors import said as told
+from support import bundles, pairs
+from support.bundles import BARE, FULL, JUDGED, Inline, contents, laid_out, made, written
+
+IN_PLACE = """\
+name = "pair"
+output = "."
+
+[graphs.one]
+source = "fp32/one.onnx"
+
+[graphs.two]
+source = "fp32/two.onnx"
+
+[tiers.fp32]
+
+[tiers.fp16w]
+pipeline = "fp16w"
+"""
+FLAT = 'layout = "{graph}_{tier}.onnx"\n'
+
+
+def models(folder: Path) -> list[str]:
+    return [name for name in contents(folder / "out") if name.endswith((".onnx", "_data"))]
+
+
+def check(folder: Path) -> None:
+    """Hold manifest and metadata to the files that are there."""
+    there = contents(folder / "out")
+    listed = json.loads(there.pop("manifest.json"))["files"]
+    assert {name: file["sha256"] for name, file in listed.items()} == bundles.hashes(there)
+    tiers = json.loads(there["metadata.json"])["tiers"].values()
+    named = {graph["model"] for tier in tiers for graph in tier["graphs"].values()}
+    assert named == {name for name in there if name.endswith(".onnx")}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    recipe = laid_out(tmp_path)
+    made(recipe)
+    return recipe
+
+
+def refused(text: str) -> str:
+    """A recipe whose reduced tier does not pass a check."""
+    assert '"fp16w"' in text
+    return text.replace('"fp16w"', '"fp16w,assert-pure{max_opset=16}"')
+
+
+@pytest.fixture
+def in_place(tmp_path: Path) -> Path:
+    recipe = laid_out(tmp_path, IN_PLACE)
+    (tmp_path / "source").rename(tmp_path / "fp32")
+    assert not made(recipe).errors
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("[tiers.fp32]\n", '[tiers.fp32]\nlayout = "{graph}_full.onnx"\n'),
+        ("[tiers.fp32]\n", ""),
+        ('[graphs.two]\nsource = "fp32/two.onnx"\n', ""),
+        ('output = "."', 'output = "elsewhere"'),
+    ],
+)
+def test_a_source_in_its_place_is_never_removed(
+    in_place: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    sources = contents(tmp_path / "fp32")
+    assert before in IN_PLACE
+    outcome = made(written(tmp_path, IN_PLACE.replace(before, after)))
+    assert not outcome.errors
+    assert contents(tmp_path / "fp32") == sources
+
+
+def test_what_a_recipe_reads_is_never_removed(recipe: Path, tmp_path: Path) -> None:
+    """A tier becomes the source of the next recipe, which does not make it."""
+    text = BARE.replace("source/", "out/fp32/").replace("[tiers.fp32]\n", "")
+    assert not made(written(tmp_path, text)).errors
+    assert {"fp32/one.onnx", "fp32/two.onnx"} <= set(models(tmp_path))
+
+
+@pytest.mark.parametrize("weights", ["shared", "inline", "sidecar"])
+def test_a_source_in_its_place_is_not_laid_out_anew(tmp_path: Path, weights: str) -> None:
+    text = IN_PLACE.replace("[tiers.fp32]\n", f'[tiers.fp32]\nweights = "{weights}"\n')
+    with pytest.raises(SpecError, match=r"fp32/one\.onnx would replace the source of 'one'"):
+        made(laid_out(tmp_path, text))
+
+
+def test_a_tier_has_not_its_place_where_another_graph_comes_from(tmp_path: Path) -> None:
+    text = IN_PLACE.replace("fp32/two.onnx", "fp32/one.onnx", 1)
+    text = text.replace('[graphs.one]\nsource = "fp32/one', '[graphs.one]\nsource = "fp32/two')
+    with pytest.raises(SpecError, match=r"fp32/one\.onnx would replace the source of 'two'"):
+        made(laid_out(tmp_path, text))
+
+
+@pytest.mark.parametrize("head", ["", FLAT])
+@pytest.mark.parametrize("weights", ["keep", "shared"])
+def test_a_tier_stays_until_another_takes_its_place(
+    recipe: Path, tmp_path: Path, head: str, weights: str
+) -> None:
+    before = models(tmp_path)
+    text = head + BARE.replace('"fp16w"\n', f'"fp16w"\nweights = "{weights}"\n')
+    assert made(written(tmp_path, refused(text))).failed
+    assert [n for n in models(tmp_path) if "fp16w" in n] == [n for n in before if "fp16w" in n]
+    check(tmp_path)
+    assert not made(written(tmp_path, text)).failed
+    assert ("fp16w/one.onnx" in models(tmp_path)) == (not head)
+    check(tmp_path)
+
+
+def test_only_removes_nothing_that_is_not_replaced(recipe: Path, tmp_path: Path) -> None:
+    before = models(tmp_path)
+    text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
+    made(written(tmp_path, text), only=["fp32"])
+    assert models(tmp_path) == before
+    check(tmp_path)
+    made(recipe)
+    made(written(tmp_path, BARE), only=["fp16w/one"])  # shared, and one of them alone again
+    assert [n for n in models(tmp_path) if "fp16w" in n] == [
+        "fp16w/one.onnx",
+        "fp16w/shared.onnx_data",
+        "fp16w/two.onnx",
+    ]
+    check(tmp_path)
+
+
+def test_a_renamed_tier_stays_until_all_is_in_its_place(recipe: Path, tmp_path: Path) -> None:
+    text = BARE.replace("[tiers.fp16w]", "[tiers.half]")
+    assert made(written(tmp_path, refused(text))).failed
+    assert "fp16w/one.onnx" in models(tmp_path)
+    said: list[str] = []
+    made(written(tmp_path, text), announce=said.append)
+    assert "fp16w/one.onnx: removed" in said
+    assert not (tmp_path / "out/fp16w").exists(), "nor an empty folder"
+    check(tmp_path)
+
+
+def test_what_a_recipe_names_no_more_goes(tmp_path: Path) -> None:
+    made(laid_out(tmp_path, FULL))
+    (tmp_path / "out/mine.txt").write_text("mine")
+    text = FULL.replace('files = ["notes.txt"]\n', "").replace("golden = 1\n", "")
+    made(
+        written(
+            tmp_path, text.replace(text[text.index("[graphs.two]") :].split("\n\n")[0], "")
+        )
+    )
+    there = contents(tmp_path / "out")
+    assert [n for n in there if "two" in n or "golden" in n or "notes" in n] == []
+    assert there.pop("mine.txt") == b"mine", "what no build made stays"
+    (tmp_path / "out/mine.txt").unlink()
+    check(tmp_path)
+
+
+def test_the_folder_of_work_keeps_what_is_needed(tmp_path: Path) -> None:
+    text = (
+        FULL[: FULL.index("[tiers.fp16w]")]
+        + '[tiers.sq]\npipeline = "smoothquant{stats=@calibration min_bytes=0}"\n'
+    )
+    text += 'graphs.two.pipeline = "int8w"\n'
+    work = tmp_path / ".onnxforge/pair"
+    for rows in ("", "calibration.rows = 64\n"):  # other statistics
+        given = text.replace("calibration.data", f"{rows}calibration.data")
+        assert not made(laid_out(tmp_path, given)).errors
+        names = sorted(path.suffix or path.name for path in work.iterdir())
+        assert names == [".safetensors", "lock", "state"]
+
+
+def test_another_output_is_a_bundle_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "new/fp32").mkdir(parents=True)
+    (tmp_path / "new/fp32/one.onnx").write_text("mine")
+    moved = written(tmp_path, BARE.replace('"out"', '"new"'))
+    assert "is not of this recipe" in made(moved).errors["fp32"]
+    assert (tmp_path / "new/fp32/one.onnx").read_text() == "mine"
+    assert "fp32/one.onnx" in models(tmp_path), "the old one stays as it was"
+
+
+def test_a_project_that_moves_is_built_already(recipe: Path, tmp_path: Path) -> None:
+    new = tmp_path / "elsewhere"
+    new.mkdir()
+    for path in [path for path in tmp_path.iterdir() if path != new]:
+        path.rename(new / path.name)
+    assert made(new / recipe.name, Inline(left=0)).made == []
+
+
+def test_the_bundle_of_another_recipe_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path / "out")
+    other = written(tmp_path, BARE.replace('"pair"', '"other"'))
+    with pytest.raises(
+        OnnxforgeError, match=r"metadata\.json: is not of this recipe; --force"
+    ):
+        made(other)
+    assert contents(tmp_path / "out") == before
+    assert not made(other, force=True).errors
+
+
+def test_half_a_tier_is_no_tier(tmp_path: Path) -> None:
+    (tmp_path / "out/fp16w").mkdir(parents=True)
+    (tmp_path / "out/fp16w/two.onnx").write_text("mine")
+    outcome = made(laid_out(tmp_path))
+    assert outcome.errors.keys() == {"fp16w"}
+    assert models(tmp_path) == ["fp16w/two.onnx", "fp32/one.onnx", "fp32/two.onnx"]
+
+
+def test_a_state_that_is_lost_harms_nothing(recipe: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / ".onnxforge")
+    assert not made(recipe).errors
+    assert contents(tmp_path / "out") == before
+    assert State(tmp_path / ".onnxforge/pair").claims
+
+
+def test_what_cannot_be_put_stops_nothing_else(tmp_path: Path) -> None:
+    recipe = laid_out(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "notes.txt").mkdir()
+    outcome = made(recipe)
+    assert outcome.errors == {"notes.txt": f"{tmp_path / 'notes.txt'}: Is a directory"}
+    check(tmp_path)
+
+
+class Refusing(Inline):
+    """The system refuses a piece of work."""
+
+    def submit(self, task: Any, /, *words: Any, **named: Any) -> Future[Any]:
+        if type(task).__name__ != "Make" or "two" not in str(task.folder):
+            return super().submit(task, *words, **named)
+        future: Future[Any] = Future()
+        future.set_exception(OSError(28, "No space left on device", str(task.folder)))
+        return future
+
+
+def test_a_full_disk_stops_nothing_else(tmp_path: Path) -> None:
+    outcome = made(laid_out(tmp_path), Refusing())
+    assert outcome.errors.keys() == {"fp32/two", "fp16w/two"}
+    assert "two: No space left on device" in outcome.errors["fp32/two"]
+    (tmp_path / "out").joinpath("manifest.json").read_text()
+    assert told(OSError("odd")) == "odd"
+    assert not made(tmp_path / "onnxforge.toml").errors
+    check(tmp_path)
+
+
+class Changing(Inline):
+    """Somebody exports a model again, while a build is at work."""
+
+    def submit(self, task: Any, /, *words: Any, **named: Any) -> Future[Any]:
+        done = super().submit(task, *words, **named)
+        if type(task).__name__ == "Make" and "fp16w/one" in task.folder.as_posix():
+            pairs.saved(task.sources[0], pairs.model("logits = Neg(made)"))
+        return done
+
+
+def test_a_source_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    recipe = laid_out(tmp_path)
+    outcome = made(recipe, Changing())
+    assert "one.onnx: changed during the build; build again" in outcome.errors["fp16w"]
+    assert models(tmp_path) == []
+    assert not made(recipe).errors
+    there = tmp_path / "out/fp32/one.onnx"
+    assert there.read_bytes() == (tmp_path / "source/one.onnx").read_bytes()
+    check(tmp_path)
+
+
+def test_md5_makes_no_model_again(recipe: Path, tmp_path: Path) -> None:
+    outcome = made(written(tmp_path, f"md5 = true\n{BARE}"), Inline(left=0))
+    assert outcome.made == ["manifest.json"]
+    there = contents(tmp_path / "out")
+    listed = json.loads(there.pop("manifest.json"))["files"]
+    assert {n: f["md5"] for n, f in listed.items()} == bundles.hashes(there, "md5")
+    assert made(recipe, Inline(left=0)).made == []
+    assert made(written(tmp_path, BARE), Inline(left=0)).made == ["manifest.json"]
+
+
+def test_a_link_that_is_to_be_none_becomes_a_file(tmp_path: Path) -> None:
+    text = BARE.replace('"notes.txt"', '{source = "notes.txt", link = true}')
+    made(laid_out(tmp_path, text))
+    there = tmp_path / "out/notes.txt"
+    assert there.samefile(tmp_path / "notes.txt")
+    assert made(written(tmp_path, text.replace("true", "false"))).made == ["notes.txt"]
+    assert not there.samefile(tmp_path / "notes.txt")
+
+
+def test_shared_data_have_their_place(tmp_path: Path) -> None:
+    text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
+    place = '{source = "notes.txt", path = "fp16w/shared.onnx_data"}'
+    with pytest.raises(SpecError, match="is the place of the shared data of fp16w"):
+        made(laid_out(tmp_path, text.replace('"notes.txt"', place)))
+
+
+def test_shared_data_are_counted_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
+    made(laid_out(tmp_path, text), announce=said.append)
+    size = sum(path.stat().st_size for path in (tmp_path / "out/fp16w").iterdir())
+    assert f"fp16w/*: made, {size:,} bytes" in said
+
+
+def test_what_did_not_run_is_tried_again(tmp_path: Path) -> None:
+    recipe = laid_out(tmp_path, JUDGED + "[run]\ntimeout = 1e-9\n")
+    assert "one.onnx: did not run to the end" in made(recipe).errors["fp16w/one"]
+    assert not made(written(tmp_path, JUDGED)).errors
+    check(tmp_path)
+
+
+def test_a_source_that_does_not_run_is_told(tmp_path: Path) -> None:
+    recipe = laid_out(tmp_path, JUDGED)
+    model = pairs.model()
+    model.graph.node[0].domain = "my.ops"
+    model.opset_import.append(onnx.helper.make_opsetid("my.ops", 1))
+    pairs.saved(tmp_path / "source/one.onnx", model)
+    outcome = made(recipe)
+    assert not outcome.failed, "the tier is not to blame"
+    assert "source/one.onnx: did not run to the end" in outcome.errors["fp16w/one"]
