@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.bundle.documents import write_documents
-from onnxforge.bundle.extras import extras, is_preserved, put_extra, put_golden
+from onnxforge.bundle.extras import extras, is_preserved, is_put, put_extra, put_golden
 from onnxforge.bundle.jobs import Job, Queue
 from onnxforge.bundle.owned import places_of
 from onnxforge.bundle.place import move_file, move_models
@@ -53,14 +53,21 @@ class Outcome:
 
 def planned(
     recipe: Recipe, state: State, only: Iterable[str] = ()
-) -> list[tuple[Unit, Status]]:
-    """What a build would do.
+) -> list[tuple[str, Status]]:
+    """What a build would do, by what it would do it to.
 
     Raises:
         OnnxforgeError: Something that is read is missing.
     """
     plan = Plan(recipe, state)
-    found = [(unit, plan.status(unit)) for unit in units(recipe, only)]
+    found = [(str(unit), plan.status(unit)) for unit in units(recipe, only)]
+    late = Status("make", ("missing or out of date",))
+    graphs = (graph for graph in recipe.graphs.values() if graph.golden)
+    missing = (graph.name for graph in graphs if not is_preserved(plan, graph))
+    found += [(f"golden values of {name}", late) for name in missing]
+    found += [(str(extra.path), late) for extra in extras(plan) if not is_put(plan, extra)]
+    gone = sorted(state.published.keys() - {str(unit) for unit in units(recipe)})
+    found += [(unit, Status("remove", ("is not in the recipe",))) for unit in gone]
     state.save()
     return found
 
@@ -183,7 +190,7 @@ class _Build:
         if status.stage == "calibrate":
             for name in status.graphs:
                 self.calibrate(self.recipe.graphs[name], unit)
-        elif status.stage == "make":
+        elif status.stage in ("make", "look"):
             self.make(unit, status)
         elif status.stage == "judge":
             self.judge(unit, status)
@@ -251,7 +258,7 @@ class _Build:
         self.begun.add(unit)
         key = self.plan.key(unit)
         graphs = [self.recipe.graphs[name] for name in unit.graphs]
-        in_place = self.recipe.is_source(graphs[0], unit.variants[0])
+        in_place = status.stage == "look"
         self.announce(f"{unit}: {', '.join(status.reasons)}")
 
         def then(found: list[dict[str, Any]]) -> None:
@@ -263,7 +270,7 @@ class _Build:
                 self.state.know(folder / name, file["sha256"])
             self.state.save()
             size = sum(file["bytes"] for file in files.values())
-            self.announce(f"{unit}: made, {size:,} bytes")
+            self.announce(f"{unit}: {'looked at' if in_place else 'made'}, {size:,} bytes")
             self.attempt(unit)
 
         task: Any = Look(graphs[0].source)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from onnxforge.bundle.plan import Plan
     from onnxforge.bundle.recipe import Graph
 
-__all__ = ["extras", "is_preserved", "put_extra", "put_golden"]
+__all__ = ["extras", "is_preserved", "is_put", "put_extra", "put_golden"]
 
 
 def extras(plan: Plan) -> Iterator[Extra]:
@@ -40,19 +40,32 @@ def put_extra(plan: Plan, extra: Extra, *, force: bool) -> bool:
     Raises:
         OnnxforgeError: It cannot be read or put there.
     """
-    state, name = plan.state, str(extra.path)
-    target, sha = plan.recipe.output / extra.path, state.sha256(extra.source)
-    known = state.extras.get(name)
-    is_itself = target.resolve() == extra.source.resolve()
-    is_there = known is not None and known["sha256"] == sha and state.holds(target, sha)
-    if is_there and (is_itself or extra.link or not target.samefile(extra.source)):
+    if is_put(plan, extra):
         return False
-    if not is_itself:
+    target, name = plan.recipe.output / extra.path, str(extra.path)
+    if not _is_itself(plan, extra):
         plan.owned.claim([name], force=force)
         move_file(extra.source, target, link=extra.link)
-    state.extras[name] = hashed(target)
-    state.know(target, sha)
+    plan.state.extras[name] = hashed(target)
+    plan.state.know(target, plan.state.extras[name]["sha256"])
     return True
+
+
+def is_put(plan: Plan, extra: Extra) -> bool:
+    """Whether a file is in the bundle as it should be.
+
+    Raises:
+        OnnxforgeError: It cannot be read.
+    """
+    target, sha = plan.recipe.output / extra.path, plan.state.sha256(extra.source)
+    known = plan.state.extras.get(str(extra.path))
+    if known is None or known["sha256"] != sha or not plan.state.holds(target, sha):
+        return False
+    return extra.link or _is_itself(plan, extra) or not target.samefile(extra.source)
+
+
+def _is_itself(plan: Plan, extra: Extra) -> bool:
+    return (plan.recipe.output / extra.path).resolve() == extra.source.resolve()
 
 
 def is_preserved(plan: Plan, graph: Graph) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Stage", "Status"]
 
-Stage = Literal["calibrate", "make", "judge", "publish", "failed", "done"]
+Stage = Literal["calibrate", "make", "look", "judge", "publish", "failed", "done", "remove"]
 
 _TOOLS = "onnxforge", "onnx", "onnx-ir", "numpy"
 _RUNTIME = "onnxruntime"
@@ -257,7 +257,8 @@ class Plan:
                 return self._judged(unit, published, published=True)
         staged = self.state.staged.get(str(unit))
         if staged is None or staged["key"] != key or self.lost(staged, self.staging(unit)):
-            return Status("make", reasons, unit.graphs)
+            in_place = self.recipe.is_source(*self._each(unit)[0])
+            return Status("look" if in_place else "make", reasons, unit.graphs)
         return self._judged(unit, staged, published=False)
 
     def _judged(self, unit: Unit, record: Mapping[str, Any], *, published: bool) -> Status:

@@ -88,14 +88,14 @@ def _plan(recipe: Recipe, state: State, only: tuple[str, ...], style: str) -> No
     found = planned(recipe, state, only)
     if style == "json":
         fields = [
-            {"unit": str(unit), "stage": status.stage, "reasons": status.reasons}
-            for unit, status in found
+            {"unit": name, "stage": status.stage, "reasons": status.reasons}
+            for name, status in found
         ]
         click.echo(json.dumps({"schema": 1, "plan": fields}, indent=2))
         return
-    for unit, status in found:
+    for name, status in found:
         reasons = f": {', '.join(status.reasons)}" if status.reasons else ""
-        click.echo(printable(f"{unit}: {status.stage}{reasons}"))
+        click.echo(printable(f"{name}: {status.stage}{reasons}"))
 
 
 def _built(

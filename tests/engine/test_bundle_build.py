@@ -443,9 +443,16 @@ def test_the_plan_says_what_and_why(full: Path, tmp_path: Path) -> None:
     def said() -> dict[str, tuple[str, ...]]:
         found = read_recipe(full)
         with opened(found.work) as state:
-            return {str(u): (s.stage, *s.reasons) for u, s in planned(found, state)}
+            return {name: (s.stage, *s.reasons) for name, s in planned(found, state)}
 
-    assert set(said().values()) == {("make", "missing")}
+    late = ("make", "missing or out of date")
+    assert said() == {
+        **dict.fromkeys(
+            ("fp32/one", "fp32/two", "fp16w/one", "fp16w/two"), ("make", "missing")
+        ),
+        "golden values of one": late,
+        "notes.txt": late,
+    }
     made(full)
     assert set(said().values()) == {("done",)}
     written(tmp_path, FULL.replace('"fp16w"', '"fp16w{share=false}"') + SQ)
@@ -457,6 +464,19 @@ def test_the_plan_says_what_and_why(full: Path, tmp_path: Path) -> None:
         "fp16w/two": ("make", "pipeline changed"),
         "sq/one": ("calibrate", "statistics are missing or out of date"),
         "sq/two": ("make", "missing"),
+    }
+    (tmp_path / "notes.txt").write_text("new\n")
+    written(tmp_path, FULL.replace("[tiers.fp16w]", "[tiers.half]"))
+    (tmp_path / "out/golden/one/0/inputs/x.npy").unlink()
+    assert said() == {
+        "fp32/one": ("make", "one.onnx is missing or changed"),
+        "fp32/two": ("done",),
+        "half/one": ("make", "missing"),
+        "half/two": ("make", "missing"),
+        "golden values of one": late,
+        "notes.txt": late,
+        "fp16w/one": ("remove", "is not in the recipe"),
+        "fp16w/two": ("remove", "is not in the recipe"),
     }
 
 

@@ -141,12 +141,13 @@ def test_what_does_not_fit_is_one_line(
         fit(Sample("s", feeds), model(tmp_path, TWO))
 
 
-def test_types_that_numpy_lacks_come_as_bytes_or_float32(tmp_path: Path) -> None:
+def test_types_that_numpy_lacks_come_as_bytes_integers_or_float32(tmp_path: Path) -> None:
     half = model(tmp_path, "(bfloat16[n] x) => (bfloat16[n] y) { y = Identity(x) }")
     values = np.array([1.5, -2]).astype(ml_dtypes.bfloat16)
     np.savez(tmp_path / "raw.npz", x=values)
+    np.savez(tmp_path / "bits.npz", x=values.view(np.uint16))
     np.savez(tmp_path / "wide.npz", x=values.astype(np.float32))
-    for name in ("raw", "wide"):
+    for name in ("raw", "bits", "wide"):
         (sample,) = samples(half, Data([tmp_path / f"{name}.npz"]))
         fitted = fit(sample, half)["x"]
         assert fitted.dtype == ml_dtypes.bfloat16

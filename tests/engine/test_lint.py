@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import jsonschema
@@ -131,6 +132,29 @@ def test_tiers_may_be_endings_of_names(root: Path, tmp_path: Path, pattern: str)
     assert rules(flat) == [], "a graph without tiers belongs to all"
     next(flat.glob("editor*int8.onnx")).unlink()
     assert rules(flat) == ["missing-graph"]
+
+
+def test_metadata_tell_the_tiers_whatever_the_layout(tmp_path: Path) -> None:
+    """One tier in a folder, one without a suffix, one with a suffix that names no type."""
+    places = {"full": "{}.onnx", "small": "{}-model.half.onnx", "int8": "int8/{}.onnx"}
+    tiers: dict[str, Any] = {
+        tier: {"graphs": {name: {"model": place.format(name)} for name in faultless.GRAPHS}}
+        for tier, place in places.items()
+    }
+    (tmp_path / "metadata.json").write_text(json.dumps({"schema": 1, "tiers": tiers}))
+    (tmp_path / "int8").mkdir()
+    names = [graph["model"] for tier in tiers.values() for graph in tier["graphs"].values()]
+    for name in (*names, "mel.onnx"):
+        (tmp_path / name).touch()
+    files = LocalFiles(tmp_path)
+    found = Bundle(files, [Model(files, name) for name in (*names, "mel.onnx")], whole=True)
+    seen = {
+        tier: {n: m.name for n, m in graphs.items()} for tier, graphs in found.tiers.items()
+    }
+    assert seen == {
+        tier: {name: place.format(name) for name in faultless.GRAPHS}
+        for tier, place in places.items()
+    }
 
 
 def test_a_folder_of_bundles_is_looked_at_bundle_by_bundle(root: Path, tmp_path: Path) -> None:
