@@ -63,9 +63,13 @@ class Options:
         given = [level for word, level in self.severity.items() if rule.matches([word])]
         return given[-1] if given else rule.level
 
+    def excludes(self, path: str) -> bool:
+        """Whether a file is not looked at."""
+        return any(matches(path, pattern) for pattern in self.exclude)
+
     def ignores(self, rule: Rule, path: str) -> bool:
         """Whether a rule is left out in a file."""
-        return any(
+        return self.excludes(path) or any(
             matches(path, pattern) and rule.matches(words)
             for pattern, words in self.per_path.items()
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from onnxforge.errors import OnnxforgeError
 from onnxforge.lint.bundle import MANIFEST, Bundle, Claims, bundle, is_tier
-from onnxforge.lint.config import Options, matches
+from onnxforge.lint.config import Options
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
 from onnxforge.lint.rules import RULES
@@ -145,7 +145,7 @@ def _folder(path: Path, options: Options) -> Iterator[Bundle]:
     roots = _roots([name for name in files.names if name.endswith(_MODEL)], files.names)
     for name, root in roots.items():
         shown = files.shown(name)
-        if not any(matches(shown, pattern) for pattern in options.exclude):
+        if not options.excludes(shown):
             found[root].append(name[len(root) :])
     if not roots:
         raise OnnxforgeError(f"{path}: no model (*{_MODEL}) in it")

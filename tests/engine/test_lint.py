@@ -220,6 +220,10 @@ def test_words_choose_rules(root: Path) -> None:
     assert report.clean
     assert len(report.findings) == 1
     assert len(lint([root], Options(exclude=("int8/*",))).models) == 6
+    (root / "drafts").mkdir()
+    (root / "drafts/a.txt").write_text("a")
+    assert rules(root, ignore=("OF404", "OF43")) == ["unlisted-file"]
+    assert rules(root, ignore=("OF404", "OF43"), exclude=("drafts/*",)) == []
     with pytest.raises(SpecError, match="there is no rule 'dead'"):
         lint([root], Options(ignore=("dead",)))
 
