@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ def move_models(
     """Move models and the data files they read, so that a crash never mixes old and new.
 
     Args:
-        staged: The folder they are in, on the same disk.
+        staged: The folder they are in.
         folder: The folder they go to.
         models: Names of the models.
         data: Names of their data files.
@@ -37,12 +38,12 @@ def move_models(
     def write_model(number: int, to: Path, names: Sequence[str]) -> None:
         source = staged / models[number]
         if list(names) == list(data):
-            put(source, to) if data else source.replace(to)
+            put(source, to) if data else _move(source, to)
         else:
             _point(source, to, dict(zip(data, names, strict=True)))
 
     def write_data(number: int, to: Path) -> None:
-        (staged / data[number]).replace(to)
+        _move(staged / data[number], to)
 
     targets = [folder / name for name in models], [folder / name for name in data]
     with from_system():
@@ -86,12 +87,20 @@ def move_file(source: Path, target: Path, *, link: bool = False, keep: bool = Tr
         target.parent.mkdir(parents=True, exist_ok=True)
         new.unlink(missing_ok=True)
         if not keep:
-            source.replace(target)
-            return
-        if not (link and _linked(source, new)):
+            _move(source, new)
+        elif not (link and _linked(source, new)):
             put(source, new)
         new.replace(target)
         new.unlink(missing_ok=True)  # rename does nothing where both are names of one file
+
+
+def _move(source: Path, to: Path) -> None:
+    try:
+        source.replace(to)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        put(source, to)  # to another disk
 
 
 def _linked(source: Path, new: Path) -> bool:

@@ -162,7 +162,7 @@ class Recipe:
         path: The file it was read from.
         name: Of the bundle.
         output: Folder of the bundle.
-        work: Folder, on the same disk, for what is not yet in its place.
+        work: Folder for what is not yet in its place.
         license: As it says.
         md5: Whether the manifest also holds MD5 hashes.
         golden: Folder in the bundle for golden values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from concurrent.futures import Future
@@ -274,6 +275,30 @@ def test_a_source_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
     assert not made(recipe).errors
     there = tmp_path / "out/fp32/one.onnx"
     assert there.read_bytes() == (tmp_path / "source/one.onnx").read_bytes()
+    check(tmp_path)
+
+
+def test_the_folder_of_work_may_be_on_another_disk(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(tmp_path / "out")
+    replace, work = Path.replace, tmp_path / ".onnxforge"
+
+    def within(self: Path, target: Path) -> Path:
+        if (work in self.parents) != (work in Path(target).parents):
+            raise OSError(
+                errno.EXDEV, "Invalid cross-device link", str(self), None, str(target)
+            )
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", within)
+    shutil.rmtree(tmp_path / "out")
+    assert not made(recipe).errors
+    assert contents(tmp_path / "out") == before
+    assert sorted(p.name for p in work.rglob("*") if p.is_file()) == ["lock", "state"]
+    text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "sidecar"\n')
+    assert not made(written(tmp_path, text)).errors
+    assert not made(written(tmp_path, text.replace('"fp16w"', '"int8w{min_bytes=0}"'))).errors
     check(tmp_path)
 
 
