@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import MANIFEST, Bundle, Claims, bundle, is_tier
+from onnxforge.lint.bundle import MANIFEST, METADATA, Bundle, Claims, bundle, is_tier
 from onnxforge.lint.config import Options
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
@@ -157,19 +157,26 @@ def _folder(path: Path, options: Options) -> Iterator[Bundle]:
 def _roots(models: Iterable[str], names: Container[str]) -> dict[str, str]:
     """The folder of the bundle that each model belongs to, with a slash at its end.
 
-    That is the folder that holds the folders of tiers, or the list of hashes; else the folder
-    of the model itself.
+    That is the next folder above that says what a bundle is and lists it, whatever its layout;
+    else the one that holds folders of tiers, or a list of hashes; else that of the model.
     """
     folders = {name: name[: name.rfind("/") + 1] for name in models}
     parents = {_parent(folder) for folder in folders.values() if is_tier(folder)}
     found = {}
     for name, folder in folders.items():
-        above = folder
-        while above not in parents and f"{above}{MANIFEST}" not in names and above:
-            above = _parent(above)
-        marked = above in parents or f"{above}{MANIFEST}" in names
-        found[name] = above if marked else folder
+        above = list(_above(folder))
+        listed = [each for each in above if f"{each}{MANIFEST}" in names]
+        told = [each for each in listed if f"{each}{METADATA}" in names]
+        marked = [each for each in above if each in parents or each in listed]
+        found[name] = [*told, *marked, folder][0]
     return found
+
+
+def _above(folder: str) -> Iterator[str]:
+    while folder:
+        yield folder
+        folder = _parent(folder)
+    yield ""
 
 
 def _parent(folder: str) -> str:

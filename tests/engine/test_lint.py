@@ -165,6 +165,21 @@ def test_a_folder_of_bundles_is_looked_at_bundle_by_bundle(root: Path, tmp_path:
     assert rules(above) == ["size-differs"]
 
 
+def test_a_bundle_of_graphs_in_folders_is_one(root: Path, tmp_path: Path) -> None:
+    """`encoder/int8/model.onnx`: the folders of tiers are no bundles where one is told."""
+    for name in faultless.GRAPHS:
+        (root / name).mkdir()
+        for tier in faultless.TIERS:
+            (root / name / tier).mkdir()
+            for path in (root / tier).glob(f"{name}.onnx*"):
+                path.replace(root / name / tier / path.name)
+    report = lint([root], Options(select=("OF48",)))
+    missing = [
+        f for f in report.findings if f.rule in ("listed-file-missing", "unlisted-file")
+    ]
+    assert len(missing) == 2 * sum(1 for path in root.rglob("*.onnx*"))
+
+
 def test_models_in_a_folder_without_tiers_are_no_bundle(root: Path, tmp_path: Path) -> None:
     for graph in faultless.GRAPHS:
         for end in ("", "_data"):
