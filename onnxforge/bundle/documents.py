@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
@@ -191,7 +191,9 @@ def parity(told: Mapping[str, Any]) -> str:
     for name, source in told["graphs"].items():
         rows = {tier: each["graphs"][name] for tier, each in told["tiers"].items()
                 if name in each["graphs"]}  # fmt: skip
-        table = Table(name, _HEADER, list(_rows(rows, source["bytes"])), _note(rows))
+        shared = [tier for tier in rows if _shares(told["tiers"][tier]["graphs"].values())]
+        note = _note(rows, shared)
+        table = Table(name, _HEADER, list(_rows(rows, source["bytes"])), note)
         lines += ["", *table_as_markdown(table)] if table.rows else []
     gates = [
         (tier, name, Foreign(gate["gate"]), Foreign(gate["output"]), _shown(gate["value"]))
@@ -232,7 +234,12 @@ def _measured(output: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _note(tiers: Mapping[str, Any]) -> str:
+def _shares(graphs: Iterable[Mapping[str, Any]]) -> bool:
+    data = [name for graph in graphs for name in graph["data"]]
+    return len(set(data)) < len(data)
+
+
+def _note(tiers: Mapping[str, Any], shared: Sequence[str]) -> str:
     """What the numbers are of; tiers that were compared in the same way share a line."""
     ways: dict[str, list[str]] = {}
     for tier, graph in tiers.items():
@@ -244,7 +251,9 @@ def _note(tiers: Mapping[str, Any]) -> str:
             way = f"{found['samples']} samples, {way}, {threads}{how}"
             ways.setdefault(way, []).append(tier)
     said = [f"{', '.join(names)}: {way}." for way, names in ways.items()]
-    return " ".join(["SQNR and cosine are of the worst sample.", *said]) if said else ""
+    said = ["SQNR and cosine are of the worst sample.", *said] if said else []
+    both = f"{', '.join(shared)}: data that other graphs read as well are counted."
+    return " ".join([*said, both] if shared else said)
 
 
 def _shown(value: float | str | None) -> str:

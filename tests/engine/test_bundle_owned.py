@@ -334,6 +334,8 @@ def test_shared_data_are_counted_once(tmp_path: Path) -> None:
     made(laid_out(tmp_path, text), announce=said.append)
     size = sum(path.stat().st_size for path in (tmp_path / "out/fp16w").iterdir())
     assert f"fp16w/*: made, {size:,} bytes" in said
+    note = "fp16w: data that other graphs read as well are counted."
+    assert (tmp_path / "out/PARITY.md").read_text().count(note) == 2
 
 
 def test_what_did_not_run_is_tried_again(tmp_path: Path) -> None:
