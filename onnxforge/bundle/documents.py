@@ -196,7 +196,13 @@ def parity(told: Mapping[str, Any]) -> str:
         table = Table(name, _HEADER, list(_rows(rows, source["bytes"])), note)
         lines += ["", *table_as_markdown(table)] if table.rows else []
     gates = [
-        (tier, name, Foreign(gate["gate"]), Foreign(gate["output"]), _shown(gate["value"]))
+        (
+            tier,
+            name,
+            Foreign(gate["gate"]),
+            Foreign(gate["output"]),
+            _shown(gate["value"], "cosine" in gate["gate"]),
+        )
         for tier, each in told["tiers"].items()
         for name, graph in each["graphs"].items()
         for gate in graph["gates"]
@@ -220,7 +226,7 @@ def _rows(tiers: Mapping[str, Any], size: int) -> Iterator[tuple[str, ...]]:
         differ = [each for each in found["outputs"] if each["max"] or not each["finite"]]
         yield from ((*head, *_measured(output)) for output in differ)
         if equal := len(found["outputs"]) - len(differ):
-            what = f"{equal} others" if differ else "all"
+            what = f"{equal} other{'s' * (equal != 1)}" if differ else "all"
             yield *head, what, *("0" for _ in _ERRORS[:4]), "inf", "1", "-", "yes"
 
 
@@ -228,7 +234,7 @@ def _measured(output: Mapping[str, Any]) -> tuple[str, ...]:
     argmax = output["argmax"]
     return (
         Foreign(output["name"]),
-        *(_shown(output[error]) for error in _ERRORS),
+        *(_shown(output[error], error == "cosine") for error in _ERRORS),
         f"{argmax['mismatches']}/{argmax['rows']}" if argmax else "-",
         "yes" if output["finite"] else "no",
     )
@@ -256,13 +262,8 @@ def _note(tiers: Mapping[str, Any], shared: Sequence[str]) -> str:
     return " ".join([*said, both] if shared else said)
 
 
-def _shown(value: float | str | None) -> str:
-    if value is None:
-        return "-"
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:.9g}"
-        if 0.9 < value < 1
-        else f"{value:.3g}"
-    )
+def _shown(value: float | str | None, is_cosine: bool = False) -> str:
+    """A number, that of a cosine with its many nines."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:.9g}" if is_cosine else f"{value:.3g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import time
@@ -54,11 +55,11 @@ class Calibrate:
     def __call__(self, pulse: Pulse = still) -> dict[str, Any]:
         """Do it; gives the SHA-256 of the file and the number of samples."""
         from onnxforge.calibrate import Options, calibrate
-        from onnxforge.stats_file import read_statistics, write_statistics
+        from onnxforge.stats_file import write_statistics
 
         part = self.target.with_name(f"{self.target.name}.part")
         options = Options(self.setup, self.how.op_types, self.how.rows)
-        known = read_statistics(part) if part.exists() else None
+        known = _left(part)
         with about(self.source):
             found = calibrate(
                 self.source,
@@ -70,6 +71,15 @@ class Calibrate:
         write_statistics(found, self.target)
         part.unlink(missing_ok=True)
         return {"sha256": digest(self.target), "samples": len(found.samples)}
+
+
+def _left(part: Path) -> Any:
+    """What a build that ended left of statistics; None if that is nothing, or damaged."""
+    from onnxforge.stats_file import read_statistics
+
+    with contextlib.suppress(DataError):
+        return read_statistics(part)
+    return None
 
 
 def _kept(part: Path, pulse: Pulse) -> Callable[[int, Any], None]:

@@ -12,7 +12,9 @@ from typing import Any
 import onnx
 import pytest
 
-from onnxforge.bundle.state import State
+from onnxforge.bundle.plan import Plan
+from onnxforge.bundle.reading import read_recipe
+from onnxforge.bundle.state import State, opened
 from onnxforge.errors import OnnxforgeError, SpecError
 from onnxforge.errors import said as told
 from support import bundles, pairs
@@ -32,6 +34,11 @@ source = "fp32/two.onnx"
 
 [tiers.fp16w]
 pipeline = "fp16w"
+"""
+CALIBRATED = """
+[tiers.sq]
+pipeline = "smoothquant{stats=@calibration min_bytes=0}"
+graphs.two.pipeline = "int8w"
 """
 FLAT = 'layout = "{graph}_{tier}.onnx"\n'
 
@@ -170,17 +177,22 @@ def test_what_a_recipe_names_no_more_goes(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_work_keeps_what_is_needed(tmp_path: Path) -> None:
-    text = (
-        FULL[: FULL.index("[tiers.fp16w]")]
-        + '[tiers.sq]\npipeline = "smoothquant{stats=@calibration min_bytes=0}"\n'
-    )
-    text += 'graphs.two.pipeline = "int8w"\n'
+    text = FULL[: FULL.index("[tiers.fp16w]")] + CALIBRATED
     work = tmp_path / ".onnxforge/pair"
     for rows in ("", "calibration.rows = 64\n"):  # other statistics
         given = text.replace("calibration.data", f"{rows}calibration.data")
         assert not made(laid_out(tmp_path, given)).errors
         names = sorted(path.suffix or path.name for path in work.iterdir())
         assert names == [".safetensors", "lock", "state"]
+
+
+def test_statistics_that_were_left_damaged_are_taken_afresh(tmp_path: Path) -> None:
+    found = read_recipe(laid_out(tmp_path, FULL + CALIBRATED))
+    with opened(found.work) as state:
+        plan, graph = Plan(found, state), found.graphs["one"]
+        path = plan.statistics_path(graph, plan.statistics_key(graph))
+    path.with_name(f"{path.name}.part").write_bytes(b"half")
+    assert not made(found.path, only=["sq/one"]).errors
 
 
 def test_another_output_is_a_bundle_of_its_own(recipe: Path, tmp_path: Path) -> None:
