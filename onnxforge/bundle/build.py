@@ -41,12 +41,14 @@ class Outcome:
     Attributes:
         made: Units and documents that were put into their place.
         kept: Units that were up to date.
+        removed: Files that are of the bundle no more.
         failed: Units that keep to no gate, and why.
         errors: What could not be done, and why.
     """
 
     made: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     failed: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -368,6 +370,7 @@ class _Build:
         self.plan.owned.forget(whole=whole)
         state.save()
         for place in self.plan.owned.sweep():
+            self.outcome.removed.append(place)
             self.announce(f"{place}: removed")
         if whole and not state.staged:
             kept = {self.plan.statistics_path(*each).name for each in self.plan.calibrated()}

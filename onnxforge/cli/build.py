@@ -134,13 +134,14 @@ def _built(
 
 def _tell(outcome: Outcome, recipe: Recipe, style: str) -> None:
     if style == "json":
-        fields = {"made": outcome.made, "kept": outcome.kept}
+        fields = {"made": outcome.made, "kept": outcome.kept, "removed": outcome.removed}
         told = {"schema": 1, **fields, "failed": outcome.failed, "errors": outcome.errors}
         click.echo(json.dumps(told, indent=2))
     else:
         counts = {
             "made": outcome.made,
             "up to date": outcome.kept,
+            "removed": outcome.removed,
             "refused": outcome.failed,
             "failed": outcome.errors,
         }

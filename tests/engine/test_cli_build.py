@@ -42,6 +42,13 @@ def test_it_says_what_it_does(tmp_path: Path, capsys: Printed) -> None:
     assert run(recipe, "--dry-run", "--format", "json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["plan"][0] == {"unit": "fp32/one", "stage": "done", "reasons": []}
+    written(tmp_path, BARE[: BARE.index("[tiers.fp16w]")])
+    assert run(recipe, "--dry-run") == 0
+    assert "fp16w/one: remove: is not in the recipe\n" in capsys.readouterr().out
+    assert run(recipe) == 0
+    done = capsys.readouterr()
+    assert done.out == f"{tmp_path / 'out'}: 3 made, 2 up to date, 2 removed\n"
+    assert "fp16w/one.onnx: removed" in done.err.splitlines()
 
 
 def test_the_recipe_of_the_folder(
