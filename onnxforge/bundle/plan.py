@@ -257,8 +257,10 @@ class Plan:
                 return self._judged(unit, published, published=True)
         staged = self.state.staged.get(str(unit))
         if staged is None or staged["key"] != key or self.lost(staged, self.staging(unit)):
-            in_place = self.recipe.is_source(*self._each(unit)[0])
-            return Status("look" if in_place else "make", reasons, unit.graphs)
+            if self.recipe.is_source(*self._each(unit)[0]):
+                why = reasons if published else ("is in its place",)
+                return Status("look", why, unit.graphs)
+            return Status("make", reasons, unit.graphs)
         return self._judged(unit, staged, published=False)
 
     def _judged(self, unit: Unit, record: Mapping[str, Any], *, published: bool) -> Status:

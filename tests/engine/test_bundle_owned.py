@@ -104,6 +104,17 @@ def test_what_a_recipe_reads_is_never_removed(recipe: Path, tmp_path: Path) -> N
     assert {"fp32/one.onnx", "fp32/two.onnx"} <= set(models(tmp_path))
 
 
+def test_a_source_in_its_place_is_looked_at(in_place: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = pairs.saved(tmp_path / "fp32/one.onnx", pairs.model("logits = Neg(made)"))
+    made(in_place, only=["fp32"], announce=said.append)
+    assert said[0] == "fp32/one: source changed"
+    assert f"fp32/one: looked at, {path.stat().st_size:,} bytes" in said
+    shutil.rmtree(tmp_path / ".onnxforge")
+    made(in_place, only=["fp32"], announce=said.append)
+    assert "fp32/one: is in its place" in said
+
+
 @pytest.mark.parametrize("weights", ["shared", "inline", "sidecar"])
 def test_a_source_in_its_place_is_not_laid_out_anew(tmp_path: Path, weights: str) -> None:
     text = IN_PLACE.replace("[tiers.fp32]\n", f'[tiers.fp32]\nweights = "{weights}"\n')
