@@ -132,6 +132,7 @@ class _Build:
         self.put_extras()
         with self.trying(str(self.recipe.output)):
             self.sweep()
+        with self.trying(str(self.recipe.output)):
             for name in write_documents(self.plan):
                 self.done(name)
         self.state.forget_missing()
@@ -364,9 +365,9 @@ class _Build:
 
     def sweep(self) -> None:
         """Remove what is of the bundle no more, and what no build needs any more."""
-        state, names = self.state, map(str, units(self.recipe))
-        found = self.outcome.failed or self.outcome.errors
-        whole = not found and all(name in state.published for name in names)
+        state, wanted = self.state, {str(unit) for unit in units(self.recipe)}
+        is_well = not self.outcome.failed and not self.outcome.errors
+        whole = is_well and wanted <= state.published.keys()
         self.plan.owned.forget(whole=whole)
         state.save()
         for place in self.plan.owned.sweep():

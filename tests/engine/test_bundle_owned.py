@@ -324,6 +324,27 @@ def test_the_folder_of_work_may_be_on_another_disk(
     check(tmp_path)
 
 
+def test_what_cannot_be_removed_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(laid_out(tmp_path))
+    recipe = written(tmp_path, BARE.replace('files = ["notes.txt"]\n', ""))
+    unlink, place = Path.unlink, tmp_path / "out/notes.txt"
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if self == place:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        unlink(self, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        outcome = made(recipe)
+    assert outcome.errors == {str(tmp_path / "out"): f"{place}: Permission denied"}
+    assert outcome.made == ["metadata.json", "manifest.json"]
+    assert made(recipe).removed == ["notes.txt"]
+    check(tmp_path)
+
+
 def test_md5_makes_no_model_again(recipe: Path, tmp_path: Path) -> None:
     outcome = made(written(tmp_path, f"md5 = true\n{BARE}"), Inline(left=0))
     assert outcome.made == ["manifest.json"]
