@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxforge.errors import SpecError
 from onnxforge.runtime.ceilings import ceiling
+from onnxforge.runtime.expansion import has_builder
 from onnxforge.runtime.forms import faults
 from onnxforge.runtime.kernels import (
     Provider,
@@ -236,6 +237,8 @@ def _placed(use: Use, release: str, provider: Provider) -> bool | None:
     if use.parts:
         parts = {_placed(part, release, provider) for part in use.parts}
         return False if False in parts else None if None in parts else True
+    if has_builder(operator):  # of what depends on shapes that nobody knows
+        answers.append(None)
     if _needs_casts(use):
         as_float = [_widened(types) for types in (use.inputs, use.outputs)]
         answers.append(has_kernel(release, "cpu", operator, *as_float))
