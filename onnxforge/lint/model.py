@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.held import Held, held
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Header", "Model"]
 
 _POINTER = b"version https://git-lfs"
+_STRING, _MESSAGE = FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE
 
 
 @dataclass(frozen=True)
@@ -61,39 +63,23 @@ class Header:
             raise ModelError("not an ONNX model (damaged protobuf)") from None
         if not proto.HasField("graph"):
             raise ModelError("not an ONNX model (it holds no graph)")
-        if any(isinstance(text, bytes) for text in _texts(proto)):
+        if not _is_text(proto):
             raise ModelError("a name in it is no text (UTF-8)")
         return cls(proto, payloads, location)
 
 
-def _texts(proto: onnx.ModelProto) -> Iterator[object]:
-    """What should be text, and is bytes where it cannot be decoded."""
-    yield from (proto.producer_name, proto.producer_version, proto.domain)
-    for entry in proto.metadata_props:
-        yield from (entry.key, entry.value)
-    yield from (entry.domain for entry in proto.opset_import)
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+def _is_text(proto: onnx.ModelProto) -> bool:
+    """Whether all that should be text is; what cannot be decoded comes as bytes."""
+    waiting: list[Message] = [proto]
     while waiting:
-        graph = waiting.pop()
-        yield from _named(graph)
-        for node in graph.node:
-            yield from (node.name, node.domain, node.op_type, *node.input, *node.output)
-            for attribute in node.attribute:
-                waiting += [attribute.g] if attribute.HasField("g") else []
-                waiting += attribute.graphs
-
-
-def _named(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[object]:
-    yield graph.name
-    if isinstance(graph, onnx.FunctionProto):
-        yield from (graph.domain, *graph.input, *graph.output)
-        return
-    for tensor in graph.initializer:
-        yield tensor.name
-        for entry in tensor.external_data:
-            yield from (entry.key, entry.value)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.name
+        for field, value in waiting.pop().ListFields():
+            if field.type == _MESSAGE:
+                waiting += [value] if isinstance(value, Message) else value
+            elif field.type == _STRING and field.name != "doc_string":
+                texts = [value] if isinstance(value, str | bytes) else value
+                if any(isinstance(text, bytes) for text in texts):
+                    return False
+    return True
 
 
 class Model:

@@ -136,6 +136,10 @@ class _Question:
         self._faults = tuple(faults(model, found))
         self._uses = tuple(first.values())
         self._types = _element_types(model)
+        self._imports: dict[tuple[str, int], str] = {}
+        for scope in scopes(model):
+            for item in scope.opset_imports.items():
+                self._imports.setdefault(item, scope.path.removesuffix("/"))
 
     def answer(self, release: str) -> Support:
         reasons = list(self._of_model(release))
@@ -156,15 +160,11 @@ class _Question:
         if newest is not None and self._model.ir_version > newest:
             text = f"IR version {self._model.ir_version}, at most {newest}"
             yield Reason("ir", "", text)
-        told = set()
-        for scope in scopes(self._model):
-            for domain, version in scope.opset_imports.items():
-                most = limit(release, domain)
-                if most is None or version <= most or (domain, version) in told:
-                    continue
-                told.add((domain, version))
+        for (domain, version), where in self._imports.items():
+            most = limit(release, domain)
+            if most is not None and version > most:
                 text = f"{domain or 'ai.onnx'} {version}, at most {most}"
-                yield Reason("opset", scope.path.removesuffix("/"), text)
+                yield Reason("opset", where, text)
         for name, where in self._types.items():
             if not type_known(release, name):
                 yield Reason("type", where, f"element type {name} is not known")

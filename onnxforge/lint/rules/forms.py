@@ -105,7 +105,7 @@ def unfused_scales(model: Model, options: Options) -> Iterator[Problem]:
 
     What it does:
         Finds MatMulInteger -> Cast -> Mul -> Mul where the first Mul takes the scale of the
-        activation and the second a constant.
+        activation and the second a constant. A weight on the left is never fused and in order.
 
     Why it is bad:
         onnxruntime fuses the product with what surrounds it only if both scales are multiplied
@@ -127,7 +127,8 @@ def unfused_scales(model: Model, options: Options) -> Iterator[Problem]:
         cast, scale = first.maker(0), first.maker(1)
         product = cast.maker(0) if cast is not None and cast.op == "Cast" else None
         dynamic = scale is not None and scale.op == "DynamicQuantizeLinear"
-        if product is not None and product.op == "MatMulInteger" and dynamic:
+        fusible = product is not None and product.op == "MatMulInteger"
+        if product is not None and fusible and product.constant(1) is not None and dynamic:
             text = f"multiplies {product.where} with one scale after the other"
             yield Problem(text, node.where)
 

@@ -98,7 +98,7 @@ def _is_told(node: Node, options: Options) -> bool:
     return domain not in options.allow
 
 
-@functools.lru_cache(maxsize=4)  # two rules ask the same
+@functools.lru_cache(maxsize=2)  # two rules ask the same of each provider
 def _reasons(
     model: Model, oldest: str | None, provider: Provider
 ) -> list[tuple[str, str, str, str]]:

@@ -251,6 +251,8 @@ def lack(op_type: str, version: int) -> str:
     """Why ai.onnx has no operator at a version, empty if it has."""
     if not onnx.defs.has(op_type):
         return f"ai.onnx has no operator {op_type!r}"
+    if version > onnx.defs.onnx_opset_version():
+        return ""  # nobody knows
     try:
         schema = onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
