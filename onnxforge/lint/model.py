@@ -63,23 +63,20 @@ class Header:
             raise ModelError("not an ONNX model (damaged protobuf)") from None
         if not proto.HasField("graph"):
             raise ModelError("not an ONNX model (it holds no graph)")
-        if not _is_text(proto):
+        if any(isinstance(text, bytes) for text in _texts(proto)):
             raise ModelError("a name in it is no text (UTF-8)")
         return cls(proto, payloads, location)
 
 
-def _is_text(proto: onnx.ModelProto) -> bool:
-    """Whether all that should be text is; what cannot be decoded comes as bytes."""
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """All that should be text; what cannot be decoded comes as bytes."""
     waiting: list[Message] = [proto]
     while waiting:
         for field, value in waiting.pop().ListFields():
             if field.type == _MESSAGE:
                 waiting += [value] if isinstance(value, Message) else value
             elif field.type == _STRING and field.name != "doc_string":
-                texts = [value] if isinstance(value, str | bytes) else value
-                if any(isinstance(text, bytes) for text in texts):
-                    return False
-    return True
+                yield from [value] if isinstance(value, str | bytes) else value
 
 
 class Model:
@@ -126,6 +123,15 @@ class Model:
     def graphs(self) -> list[Graph]:
         """All its graphs, the main one first."""
         return graphs(self.proto, self.header.payloads, self.header.location)
+
+    @property
+    def owners(self) -> Iterator[Graph]:
+        """The main graph and the functions: what has imports of its own."""
+        return (graph for graph in self.graphs if graph.parent is None)
+
+    def within(self, owner: Graph) -> Iterator[Graph]:
+        """A main graph or function and the bodies in it."""
+        return (graph for graph in self.graphs if graph.root is owner)
 
     @property
     def nodes(self) -> Iterator[Node]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.finding import Problem, Rule
-from onnxforge.lint.rules.versions import lack
+from onnxforge.lint.rules.operators import lack
 from onnxforge.runtime.ceilings import ceiling
 from onnxforge.runtime.kernels import releases
 
