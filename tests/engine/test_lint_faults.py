@@ -146,6 +146,18 @@ def _no_axes_as_they_are_since_13(root: Path) -> None:
     beside(root, faultless.model([node("Unsqueeze", ["x"], "y")], [X], [Y]))
 
 
+@fault("misfit", "vad.onnx", "y")
+def _an_axis_that_is_a_float(root: Path) -> None:
+    beside(root, faultless.model([node("Softmax", ["x"], "y", axis=1.0)], [X], [Y]))
+
+
+@fault("misfit", "vad.onnx", "y")
+def _an_attribute_that_stands_twice(root: Path) -> None:
+    softmax = node("Softmax", ["x"], "y", axis=0)
+    softmax.attribute.append(helper.make_attribute("axis", 1))
+    beside(root, faultless.model([softmax], [X], [Y]))
+
+
 def in_function(op: str, version: int, **attributes: Any) -> onnx.ModelProto:
     """A call of a function that is written for a version of ai.onnx."""
     proto = faultless.model([node("Inner", ["x"], "y", domain="own")], [X], [Y])

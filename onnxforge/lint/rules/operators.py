@@ -97,8 +97,8 @@ def misfit(model: Model, options: Options) -> Iterator[Problem]:
     """A node does not fit its operator at the imported version.
 
     What it does:
-        Holds the attributes of every node, and the number of its inputs and outputs, against
-        the tables of the onnx package.
+        Holds the attributes of every node and their types, and the number of its inputs and
+        outputs, against the tables of the onnx package.
 
     Why it is bad:
         Runtimes refuse the model. The number of an operator set says what nodes mean; whoever
@@ -171,24 +171,32 @@ def _domain(node: Node) -> str:
 def _other(node: Node, written: _Form, read: _Form) -> str | None:
     """What a node is at another version than that it was written for, None if the same."""
     given = {attribute.name for attribute in node.proto.attribute}
-    for name in sorted(written.defaults.keys() & read.defaults.keys() - given):
-        if written.defaults[name] != read.defaults[name]:
+    for name in sorted(written.attributes.keys() & read.attributes.keys() - given):
+        if written.attributes[name] != read.attributes[name]:
             return f"has another {name} by default"
     return _unfit(node, read)
 
 
 def _unfit(node: Node, form: _Form) -> str | None:
     """How a node differs from all that its operator may be, or None."""
-    given = {attribute.name for attribute in node.proto.attribute}
-    if unknown := sorted(given - form.defaults.keys()):
-        return f"has no attribute {unknown[0]!r}"
+    given: set[str] = set()
+    for attribute in node.proto.attribute:
+        name = attribute.name
+        if name not in form.attributes:
+            return f"has no attribute {name!r}"
+        if name in given:
+            return f"has one attribute {name!r}, not two"
+        given.add(name)
+        types = attribute.type, form.attributes[name][0]
+        if types[0] != types[1]:
+            seen, wanted = (onnx.AttributeProto.AttributeType.Name(kind) for kind in types)
+            return f"has {wanted} as attribute {name!r}, not {seen}"
     if lacking := sorted(form.required - given):
         return f"needs an attribute {lacking[0]!r}"
-    counts = (
+    for kind, count, (least, most) in (
         ("inputs", len(node.inputs), form.inputs),
         ("outputs", len(node.outputs), form.outputs),
-    )
-    for kind, count, (least, most) in counts:
+    ):
         if count < least:
             return f"has at least {least} {kind}, not {count}"
         if count > most:
@@ -216,14 +224,14 @@ class _Form:
 
     Attributes:
         version: The version that they are so from.
-        defaults: All attributes, with the values that they have if they are left out.
+        attributes: Types of all attributes, and the values they have if they are left out.
         required: Attributes that may not be left out.
         inputs: Least and largest number of inputs.
         outputs: Likewise of outputs.
     """
 
     version: int
-    defaults: Mapping[str, bytes]
+    attributes: Mapping[str, tuple[int, bytes]]
     required: frozenset[str]
     inputs: tuple[int, int]
     outputs: tuple[int, int]
@@ -246,7 +254,7 @@ def _known(op_type: str, version: int, domain: str) -> _Form | None:
     known = schema.attributes
     return _Form(
         schema.since_version,
-        {name: known[name].default_value.SerializeToString() for name in known},
+        {k: (int(v.type), v.default_value.SerializeToString()) for k, v in known.items()},
         frozenset(name for name in known if known[name].required),
         (schema.min_input, schema.max_input),
         (schema.min_output, schema.max_output),
