@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -248,13 +248,13 @@ def _known(op_type: str, version: int, domain: str) -> _Form | None:
     if not 0 < version < 1000:  # the tables take small numbers only
         return None
     try:
-        schema = onnx.defs.get_schema(op_type, version, domain)
+        schema: Any = onnx.defs.get_schema(op_type, version, domain)
     except onnx.defs.SchemaError:
         return None
     known = schema.attributes
     return _Form(
         schema.since_version,
-        {k: (int(v.type), v.default_value.SerializeToString()) for k, v in known.items()},
+        {k: (v.type.value, v.default_value.SerializeToString()) for k, v in known.items()},
         frozenset(name for name in known if known[name].required),
         (schema.min_input, schema.max_input),
         (schema.min_output, schema.max_output),
