@@ -1,8 +1,9 @@
 # Every target sets up .venv by itself; all it needs is make and Python 3.11 or newer.
-#   make test PYTHON=python3.12 ARGS='-k spec'
+#   make test PYTHON=python3.12 JOBS=0 ARGS='-k spec'
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= auto
 BENCH ?=
 RUNTIMES ?=
 CLIENTS ?=
@@ -24,8 +25,8 @@ help: ## list the targets
 demo: $(READY) ## turn a trained model into an fp16w tier and prove what changed
 	$(BIN)/python fixtures/demo.py
 
-test: $(READY) ## run the tests, ARGS='-k name' for some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests on all processors, JOBS=0 ARGS='-k name' for some of them
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: lint types test ## lint, types and tests: what must be green before a commit
 

@@ -13,8 +13,9 @@ from onnxforge.bundle.documents import write_documents
 from onnxforge.bundle.extras import is_preserved, put_extras, put_golden
 from onnxforge.bundle.jobs import Job, Queue
 from onnxforge.bundle.place import move_file, move_models
-from onnxforge.bundle.plan import Plan, Stage, Status, Unit, units
+from onnxforge.bundle.plan import Plan, Stage, Status
 from onnxforge.bundle.tasks import Calibrate, Judge, Look, Make, Preserve, Pulse, still
+from onnxforge.bundle.units import Unit, units
 from onnxforge.errors import CheckFailed, OnnxforgeError
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class _Build:
             return
         waiting = self.calibrating[graph.name] = {unit}
         key = self.plan.statistics_key(graph)
-        path = self.plan.statistics_path(graph)
+        path = self.plan.statistics_path(graph, key)
         assert graph.calibration is not None
         name = f"statistics of {graph.name}"
 
@@ -347,6 +348,7 @@ class _Build:
             tier = name.partition("/")[0]
             if tier in self.recipe.tiers:
                 self.remove_left(self.state.published.pop(name))
+                self.state.save()
             else:
                 self.announce(f"{name}: is not in the recipe any more; its files are left")
         for graph in self.recipe.graphs.values():

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from onnxforge.bundle.plan import units
 from onnxforge.bundle.recipe import MANIFEST, METADATA, PARITY
 from onnxforge.bundle.tasks import hashed
+from onnxforge.bundle.units import units
 from onnxforge.compare.document import Foreign
 from onnxforge.compare.render import table_as_markdown
 from onnxforge.compare.tables import Table
 from onnxforge.storage.whole import write_text
 
 if TYPE_CHECKING:
-    from onnxforge.bundle.plan import Plan, Unit
+    from onnxforge.bundle.plan import Plan
+    from onnxforge.bundle.recipe import Graph, Targets
+    from onnxforge.bundle.units import Unit
 
 __all__ = ["SCHEMA", "as_json", "manifest", "metadata", "parity", "write_documents"]
 
@@ -79,11 +81,12 @@ def _published(plan: Plan) -> Iterator[tuple[Unit, dict[str, Any]]]:
 
 def metadata(plan: Plan) -> dict[str, Any]:
     """What is in the bundle, as ``metadata.schema.json`` describes it."""
-    recipe, targets = plan.recipe, plan.recipe.targets
+    recipe = plan.recipe
     tiers: _Records = {}
     versions: dict[str, set[str]] = {}
     for unit, record in _published(plan):
-        graphs = tiers.setdefault(unit.tier.name, {"graphs": {}})["graphs"]
+        empty = {"targets": _targets(unit.tier.targets), "graphs": {}}
+        graphs = tiers.setdefault(unit.tier.name, empty)["graphs"]
         graphs |= {name: _graph(unit, entry) for name, entry in record["graphs"].items()}
         for tool, version in record["key"]["toolchain"].items():
             versions.setdefault(tool, set()).add(str(version))
@@ -91,30 +94,40 @@ def metadata(plan: Plan) -> dict[str, Any]:
     for runtime in {each["onnxruntime"] for each in measured if each}:
         versions.setdefault("onnxruntime", set()).add(str(runtime))
     versions = versions or {"onnxforge": {plan.tools["onnxforge"]}}
-    extras = [str(extra.path) for extra in recipe.extras]
     golden = [place for each in plan.state.golden.values() for place in each["places"]]
     return {
         "schema": SCHEMA,
         "name": recipe.name,
         "license": recipe.license,
-        "targets": {
-            "onnxruntime": list(targets.onnxruntime),
-            "providers": list(targets.providers),
-            "browser": list(targets.browser),
-        },
+        "targets": {**_targets(recipe.targets), "browser": list(recipe.browser)},
         "toolchain": {tool: ", ".join(sorted(versions[tool])) for tool in sorted(versions)},
         "graphs": {n: _source(plan, n) for n in recipe.graphs if n in plan.state.sources},
         "tiers": tiers,
-        "files": sorted([*extras, *golden]),
+        "files": sorted([*plan.state.extras, *golden]),
+    }
+
+
+def _targets(targets: Targets) -> dict[str, list[str]]:
+    return {
+        "onnxruntime": list(targets.onnxruntime),
+        "providers": list(targets.providers),
     }
 
 
 def _source(plan: Plan, name: str) -> dict[str, Any]:
     source = plan.state.sources[name]
-    variants = [tier.graphs[name] for tier in plan.recipe.tiers.values()]
-    known = plan.state.statistics.get(name) if any(v.is_calibrated for v in variants) else None
-    used = known and {"sha256": known["sha256"], "samples": known["samples"]}
-    return {"sha256": source["digest"], "bytes": source["bytes"], "statistics": used}
+    return {
+        "sha256": source["digest"],
+        "bytes": source["bytes"],
+        "statistics": _statistics(plan, plan.recipe.graphs[name]),
+    }
+
+
+def _statistics(plan: Plan, graph: Graph) -> dict[str, Any] | None:
+    if (known := plan.used_statistics(graph)) is None:
+        return None
+    file = str(plan.recipe.statistics_of(graph)) if plan.recipe.statistics else None
+    return {"sha256": known["sha256"], "samples": known["samples"], "file": file}
 
 
 def _graph(unit: Unit, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +172,13 @@ def parity(told: Mapping[str, Any]) -> str:
         table = Table(name, _HEADER, list(_rows(rows, source["bytes"])), _note(rows))
         lines += ["", *table_as_markdown(table)] if table.rows else []
     gates = [
-        (tier, name, Foreign(gate["gate"]), Foreign(gate["output"]), _shown(gate["value"]))
+        (
+            tier,
+            name,
+            Foreign(gate["gate"]),
+            Foreign(gate["output"]),
+            _shown(gate["value"], "cosine" in gate["gate"]),
+        )
         for tier, each in told["tiers"].items()
         for name, graph in each["graphs"].items()
         for gate in graph["gates"]
@@ -183,7 +202,7 @@ def _rows(tiers: Mapping[str, Any], size: int) -> Iterator[tuple[str, ...]]:
         differ = [each for each in found["outputs"] if each["max"] or not each["finite"]]
         yield from ((*head, *_measured(output)) for output in differ)
         if equal := len(found["outputs"]) - len(differ):
-            what = f"{equal} others" if differ else "all"
+            what = f"{equal} other{'s' * (equal != 1)}" if differ else "all"
             yield *head, what, *("0" for _ in _ERRORS[:4]), "inf", "1", "-", "yes"
 
 
@@ -191,7 +210,7 @@ def _measured(output: Mapping[str, Any]) -> tuple[str, ...]:
     argmax = output["argmax"]
     return (
         Foreign(output["name"]),
-        *(_shown(output[error]) for error in _ERRORS),
+        *(_shown(output[error], error == "cosine") for error in _ERRORS),
         f"{argmax['mismatches']}/{argmax['rows']}" if argmax else "-",
         "yes" if output["finite"] else "no",
     )
@@ -212,13 +231,8 @@ def _note(tiers: Mapping[str, Any]) -> str:
     return " ".join(["SQNR and cosine are of the worst sample.", *said]) if said else ""
 
 
-def _shown(value: float | str | None) -> str:
-    if value is None:
-        return "-"
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:.9g}"
-        if 0.9 < value < 1
-        else f"{value:.3g}"
-    )
+def _shown(value: float | str | None, is_cosine: bool = False) -> str:
+    """A number, that of a cosine with its many nines."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:.9g}" if is_cosine else f"{value:.3g}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.bundle.place import move_file
+from onnxforge.bundle.recipe import Extra
 from onnxforge.bundle.tasks import hashed
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def put_extras(plan: Plan, *, force: bool) -> Iterator[str]:
         OnnxforgeError: One cannot be read or put there.
     """
     recipe, state = plan.recipe, plan.state
-    for extra in recipe.extras:
+    extras = [*recipe.extras, *_statistics(plan)]
+    for extra in extras:
         target, name = recipe.output / extra.path, str(extra.path)
         sha = state.sha256(extra.source)
         known = state.extras.get(name)
@@ -45,8 +47,18 @@ def put_extras(plan: Plan, *, force: bool) -> Iterator[str]:
         state.extras[name] = hashed(target, md5=recipe.md5)
         state.know(target, sha)
         yield name
-    for name in state.extras.keys() - {str(extra.path) for extra in recipe.extras}:
-        del state.extras[name]
+    for name in state.extras.keys() - {str(extra.path) for extra in extras}:
+        known = state.extras.pop(name)
+        if name in state.claims and state.holds(recipe.output / name, known["sha256"]):
+            (recipe.output / name).unlink()
+        state.save()
+
+
+def _statistics(plan: Plan) -> Iterator[Extra]:
+    for graph in plan.recipe.graphs.values() if plan.recipe.statistics else ():
+        if (known := plan.used_statistics(graph)) is not None:
+            path = plan.statistics_path(graph, known["key"])
+            yield Extra(path, plan.recipe.statistics_of(graph), link=False)
 
 
 def is_preserved(plan: Plan, graph: Graph) -> bool:

@@ -10,57 +10,30 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxforge.bundle.recipe import CALIBRATION, MANIFEST
 from onnxforge.bundle.state import fingerprint
-from onnxforge.errors import OnnxforgeError, SpecError
+from onnxforge.errors import OnnxforgeError
 from onnxforge.known import BY_HASH, named
 from onnxforge.model_io import files, load
-from onnxforge.options import did_you_mean
 from onnxforge.registry import entries
 from onnxforge.runtime.ceilings import ceiling
 
 if TYPE_CHECKING:
-    from onnxforge.bundle.recipe import Graph, Recipe, Tier, Variant
+    from onnxforge.bundle.recipe import Graph, Recipe, Targets, Variant
     from onnxforge.bundle.state import State
+    from onnxforge.bundle.units import Unit
     from onnxforge.compare.samples import Data
     from onnxforge.core import Pass
 
-__all__ = ["Plan", "Stage", "Status", "Unit", "units"]
+__all__ = ["Plan", "Stage", "Status"]
 
 Stage = Literal["calibrate", "make", "judge", "publish", "failed", "done"]
 
 _TOOLS = "onnxforge", "onnx", "onnx-ir", "numpy"
 _RUNTIME = "onnxruntime"
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """Graphs of a tier that are written together.
-
-    Attributes:
-        tier: The tier.
-        graphs: Names of the graphs; one alone unless they share their data.
-    """
-
-    tier: Tier
-    graphs: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Its name, as ``--only`` takes it."""
-        return f"{self.tier.name}/{'*' if self.tier.weights == 'shared' else self.graphs[0]}"
-
-    @property
-    def variants(self) -> list[Variant]:
-        """Its graphs in this tier."""
-        return [self.tier.graphs[name] for name in self.graphs]
-
-    @property
-    def folder(self) -> PurePosixPath:
-        """Where its files are in the bundle."""
-        return self.variants[0].path.parent
 
 
 @dataclass(frozen=True)
@@ -78,34 +51,6 @@ class Status:
     reasons: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
     published: bool = False
-
-
-def units(recipe: Recipe, only: Iterable[str] = ()) -> list[Unit]:
-    """The units of a recipe.
-
-    Args:
-        recipe: The recipe.
-        only: Names of tiers, or ``tier/graph``; all if there are none.
-
-    Raises:
-        SpecError: Something is not in the recipe.
-    """
-    found: list[Unit] = []
-    for tier in recipe.tiers.values():
-        names = tuple(tier.graphs)
-        groups = [names] if tier.weights == "shared" else [(name,) for name in names]
-        found += [Unit(tier, group) for group in groups]
-    wanted = list(only)
-    known = [*recipe.tiers, *(f"{u.tier.name}/{name}" for u in found for name in u.graphs)]
-    for each in wanted:
-        if each not in known:
-            raise SpecError(f"--only {each}: not in the recipe{did_you_mean(each, known)}")
-
-    def is_wanted(unit: Unit) -> bool:
-        names = {unit.tier.name, *(f"{unit.tier.name}/{name}" for name in unit.graphs)}
-        return not wanted or not names.isdisjoint(wanted)
-
-    return [unit for unit in found if is_wanted(unit)]
 
 
 class Plan:
@@ -166,13 +111,18 @@ class Plan:
         known = self.state.statistics.get(graph.name)
         if known is None or known["key"] != self.statistics_key(graph):
             return None
-        path = self.statistics_path(graph)
+        path = self.statistics_path(graph, known["key"])
         return (path, known["sha256"]) if self.state.holds(path, known["sha256"]) else None
 
-    def statistics_path(self, graph: Graph) -> Path:
-        """Where the statistics of a graph go."""
-        key = fingerprint(self.statistics_key(graph))[:12]
-        return self.state.folder / f"{graph.name}.{key}.safetensors"
+    def statistics_path(self, graph: Graph, key: Mapping[str, Any]) -> Path:
+        """Where the statistics of a graph go that depend on a key."""
+        return self.state.folder / f"{graph.name}.{fingerprint(key)[:12]}.safetensors"
+
+    def used_statistics(self, graph: Graph) -> dict[str, Any] | None:
+        """What is known of the statistics of a graph, None if no tier needs any."""
+        variants = [tier.graphs[graph.name] for tier in self.recipe.tiers.values()]
+        needed = any(variant.is_calibrated for variant in variants)
+        return self.state.statistics.get(graph.name) if needed else None
 
     def passes(self, graph: Graph, variant: Variant) -> tuple[tuple[Pass, ...], list[Path]]:
         """The passes of a graph in a tier as they are run, and files of statistics."""
@@ -303,7 +253,8 @@ class Plan:
         for graph, variant in self._each(unit):
             entry = record["graphs"][graph.name]
             judged = entry.get("judged")
-            reasons += [f"{graph.name}: {reason}" for reason in self._beyond(entry)]
+            beyond = _beyond(entry, unit.tier.targets)
+            reasons += [f"{graph.name}: {reason}" for reason in beyond]
             if graph.parity is None or not variant.passes:
                 continue
             if judged is None or judged["key"] != self.judge_key(unit, graph.name):
@@ -316,17 +267,6 @@ class Plan:
         if reasons:
             return Status("failed", tuple(reasons))
         return Status("done" if published else "publish")
-
-    def _beyond(self, entry: Mapping[str, Any]) -> Iterator[str]:
-        """Why the oldest runtime that the bundle is meant for does not load a model."""
-        for oldest in self.recipe.targets.onnxruntime[:1]:
-            most = ceiling(oldest)
-            for what, seen, limit in (
-                ("IR", entry["ir_version"], most.max_ir),
-                ("opset", entry["opsets"].get("ai.onnx", 0), most.max_opset),
-            ):
-                if seen > limit:
-                    yield f"is {what} {seen}, and onnxruntime {oldest} loads {limit} at most"
 
     def lost(self, record: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         """Files of a unit that are not there, or not as they were."""
@@ -371,6 +311,18 @@ class Plan:
     def staging(self, unit: Unit) -> Path:
         """Where a unit is made."""
         return self.state.folder / "staged" / str(unit).replace("*", "shared")
+
+
+def _beyond(entry: Mapping[str, Any], targets: Targets) -> Iterator[str]:
+    """Why the oldest runtime that a model is meant for does not load it."""
+    for oldest in targets.onnxruntime[:1]:
+        most = ceiling(oldest)
+        for what, seen, limit in (
+            ("IR", entry["ir_version"], most.max_ir),
+            ("opset", entry["opsets"].get("ai.onnx", 0), most.max_opset),
+        ):
+            if seen > limit:
+                yield f"is {what} {seen}, and onnxruntime {oldest} loads {limit} at most"
 
 
 def _changes(record: Mapping[str, Any] | None, key: Mapping[str, Any]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ _IN_PYPROJECT = ("tool", "onnxforge", "bundle")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BRACES = re.compile(r"\{(.*?)\}|[{}]")
 _ROWS = 256
+_ANYTHING = Targets()
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -51,7 +52,10 @@ def read_recipe(path: Path) -> Recipe:
     table = read(path, *(_IN_PYPROJECT if path.name == "pyproject.toml" else ()))
     name = _named(table, table.text("name"), "name")
     graphs = {key: _graph(key, each) for key, each in _graphs(table)}
-    tiers = {key: _tier(key, each, table, graphs) for key, each in _tiers(table)}
+    text = table.text("statistics", None)
+    meant = table.table("targets")
+    targets = _targets(meant)
+    tiers = {key: _tier(key, each, table, graphs, targets) for key, each in _tiers(table)}
     recipe = Recipe(
         path=path,
         name=name,
@@ -60,8 +64,10 @@ def read_recipe(path: Path) -> Recipe:
         license=table.text("license", None),
         md5=table.flag("md5", False),
         golden=_place(table, "golden", table.text("golden", "golden")),
+        statistics=None if text is None else _place(table, "statistics", text),
         setup=_setup(table.table("run")),
-        targets=_targets(table.table("targets"), tiers),
+        targets=targets,
+        browser=_browser(meant, tiers),
         graphs=graphs,
         tiers=tiers,
         extras=tuple(_extra(each) for each in table.tables("files", "source")),
@@ -152,12 +158,17 @@ def _data(table: Table) -> Data:
         return Data(**fields, sizes=lengths, cache=cache)
 
 
-def _tier(name: str, table: Table, root: Table, graphs: Mapping[str, Graph]) -> Tier:
+def _tier(
+    name: str, table: Table, root: Table, graphs: Mapping[str, Graph], general: Targets
+) -> Tier:
     weights = table.text("weights", "keep")
     if weights not in get_args(Weights):
         table.fail(f"wanted one of {', '.join(get_args(Weights))}, not {weights!r}", "weights")
     layout = _layout(table if "layout" in table.content else root)
     passes, gates = _passes(table), _gates(table)
+    meant = table.table("targets")
+    targets = _targets(meant, general)
+    meant.close()
     overrides = table.table("graphs")
     for key in overrides.content:
         if key not in graphs:
@@ -178,7 +189,7 @@ def _tier(name: str, table: Table, root: Table, graphs: Mapping[str, Graph]) -> 
     table.close()
     if weights == "shared" and len({variant.path.parent for variant in variants.values()}) > 1:
         table.fail("graphs that share data go into one folder", "weights")
-    return Tier(name, weights, variants)
+    return Tier(name, weights, targets, variants)
 
 
 def _passes(table: Table) -> tuple[Pass, ...]:
@@ -238,20 +249,25 @@ def _setup(table: Table) -> Setup:
         return Setup(providers, threads, timeout=timeout)
 
 
-def _targets(table: Table, tiers: Mapping[str, Tier]) -> Targets:
+def _targets(table: Table, general: Targets = _ANYTHING) -> Targets:
+    """What a table says of targets; where it says nothing, what holds in general."""
     releases = {}
-    for text in table.texts("onnxruntime"):
+    for text in table.texts("onnxruntime", general.onnxruntime):
         with table.about("onnxruntime"):
             ceiling(text)
         major, minor = text.split(".")[:2]
         releases[int(major), int(minor)] = f"{major}.{minor}"
-    browser = table.texts("browser")
-    for name in browser:
+    providers = table.texts("providers", general.providers)
+    return Targets(tuple(releases[key] for key in sorted(releases)), providers)
+
+
+def _browser(table: Table, tiers: Mapping[str, Tier]) -> tuple[str, ...]:
+    names = table.texts("browser")
+    for name in names:
         if name not in tiers:
             table.fail(f"there is no tier {name!r}{did_you_mean(name, tiers)}", "browser")
-    providers = table.texts("providers")
     table.close()
-    return Targets(tuple(releases[key] for key in sorted(releases)), providers, browser)
+    return names
 
 
 def _extra(table: Table) -> Extra:
@@ -271,6 +287,8 @@ def _refuse_collisions(recipe: Recipe, table: Table) -> None:
     for graph in recipe.graphs.values():
         if graph.golden:
             _take(table, "golden", taken, recipe.golden / graph.name, "golden values")
+        if recipe.statistics is not None:
+            _take(table, "statistics", taken, recipe.statistics_of(graph), "statistics")
     shared: dict[str, str] = {}
     for tier, graph, variant in recipe.variants:
         _take(

@@ -109,17 +109,32 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What models are meant for.
+
+    Attributes:
+        onnxruntime: Releases, the oldest first.
+        providers: Execution providers, each of which is to load them.
+    """
+
+    onnxruntime: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Tier:
     """One form of all graphs.
 
     Attributes:
         name: Its name.
         weights: Where they go; ``shared`` stores what graphs have in common once.
+        targets: What it is meant for.
         graphs: By name.
     """
 
     name: str
     weights: Weights
+    targets: Targets
     graphs: Mapping[str, Variant]
 
 
@@ -139,21 +154,6 @@ class Extra:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What the bundle is meant for.
-
-    Attributes:
-        onnxruntime: Releases, the oldest first.
-        providers: Execution providers.
-        browser: Tiers for browsers.
-    """
-
-    onnxruntime: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    browser: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A recipe.
 
@@ -165,8 +165,10 @@ class Recipe:
         license: As it says.
         md5: Whether the manifest also holds MD5 hashes.
         golden: Folder in the bundle for golden values.
+        statistics: The same for statistics, None where they stay with whoever builds.
         setup: How models are run.
-        targets: What the bundle is meant for.
+        targets: What tiers are meant for that say nothing else.
+        browser: Names of tiers that are meant for browsers.
         graphs: By name.
         tiers: By name.
         extras: Files that all tiers share.
@@ -179,8 +181,10 @@ class Recipe:
     license: str | None
     md5: bool
     golden: PurePosixPath
+    statistics: PurePosixPath | None
     setup: Setup
     targets: Targets
+    browser: tuple[str, ...]
     graphs: Mapping[str, Graph]
     tiers: Mapping[str, Tier]
     extras: tuple[Extra, ...] = field(default=())
@@ -191,6 +195,11 @@ class Recipe:
         for tier in self.tiers.values():
             for name, variant in tier.graphs.items():
                 yield tier, self.graphs[name], variant
+
+    def statistics_of(self, graph: Graph) -> PurePosixPath:
+        """Where the statistics of a graph are published."""
+        assert self.statistics is not None
+        return self.statistics / f"{graph.name}.safetensors"
 
     def is_source(self, graph: Graph, variant: Variant) -> bool:
         """Whether a graph of a tier is the source itself, in its place already."""

@@ -35,6 +35,7 @@ def _words(
 @click.option("--select", multiple=True, callback=_words, help="Rules to apply, no others.")
 @click.option("--ignore", multiple=True, callback=_words, help="Rules to leave out.")
 @click.option("--min-ort", metavar="VERSION", help="Oldest onnxruntime that has to load all.")
+@click.option("--provider", multiple=True, callback=_words, help="One that has to run all.")
 @click.option("--browser", is_flag=True, default=None, help="Browsers have to load all.")
 @click.option("--derived", is_flag=True, default=None, help="Replay tiers from fp32.")
 @click.option("--hash/--no-hash", "hash_", default=None, help="Whether to read whole files.")
@@ -57,6 +58,7 @@ def lint(
     select: tuple[str, ...] | None,
     ignore: tuple[str, ...] | None,
     min_ort: str | None,
+    provider: tuple[str, ...] | None,
     browser: bool | None,
     derived: bool | None,
     hash_: bool | None,
@@ -82,6 +84,7 @@ def lint(
         "select": select,
         "ignore": ignore,
         "min_ort": min_ort,
+        "providers": provider,
         "browser": browser,
         "derived": derived,
         "hash": hash_,

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.errors import ModelError
@@ -16,13 +17,37 @@ if TYPE_CHECKING:
 
     from onnxforge.lint.files import Files
 
-__all__ = ["MANIFEST", "METADATA", "Bundle", "bundle", "is_reduced", "is_tier", "told_graphs"]
+__all__ = [
+    "MANIFEST",
+    "METADATA",
+    "Bundle",
+    "Claims",
+    "bundle",
+    "is_reduced",
+    "is_tier",
+    "told_graphs",
+]
 
 MANIFEST, METADATA = "manifest.json", "metadata.json"
 
 _WORD = r"(?:sq-?|smoothquant-?|dynamic-?|static-?)?(?:fp32|fp16w?|bf16w?|u?int[48]w?)"
 _TIER = re.compile(rf"{_WORD}|q[48](?:f16)?|bnb4|quantized|browser", re.IGNORECASE)
 _FULL = ("", "fp32", "browser")
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a bundle says that models are for.
+
+    Attributes:
+        onnxruntime: Releases.
+        providers: Execution providers.
+        browser: Whether browsers are to load them.
+    """
+
+    onnxruntime: Sequence[str]
+    providers: Sequence[str]
+    browser: bool
 
 
 class Bundle:
@@ -82,6 +107,16 @@ class Bundle:
             return found
         return {}
 
+    def claims(self, tier: str) -> Claims:
+        """What the bundle says that the models of a tier are for."""
+        general = _dict(self.said.get("targets"))
+        own = _dict(_dict(_dict(self.said.get("tiers")).get(tier)).get("targets"))
+        releases, providers = (
+            _words((own if key in own else general).get(key))
+            for key in ("onnxruntime", "providers")
+        )
+        return Claims(releases, providers, tier in _words(general.get("browser")))
+
     def _json(self, name: str) -> Any:
         if not self.whole or name not in self.files.names:
             return None
@@ -94,8 +129,15 @@ class Bundle:
 
     @property
     def _said_tiers(self) -> Sequence[str]:
-        tiers = self.said.get("tiers")
-        return list(tiers) if isinstance(tiers, dict) else []
+        return list(_dict(self.said.get("tiers")))
+
+
+def _dict(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _words(found: Any) -> Sequence[str]:
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
 
 def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:

@@ -36,6 +36,7 @@ class Options:
         exclude: Patterns of files that are not looked at.
         allow: Domains of operators that are fine beside ai.onnx.
         min_ort: Oldest onnxruntime that is to load the models.
+        providers: Execution providers, each of which is to run them; none for the processor.
         browser: Whether they are to load in a browser.
         derived: Whether tiers are replayed from their fp32 parents.
         hash: Whether files and weights are read to be compared.
@@ -48,6 +49,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     min_ort: str | None = None
+    providers: tuple[str, ...] = ()
     browser: bool = False
     derived: bool = False
     hash: bool = True

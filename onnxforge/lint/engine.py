@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import MANIFEST, Bundle, bundle, is_tier
+from onnxforge.lint.bundle import MANIFEST, Bundle, Claims, bundle, is_tier
 from onnxforge.lint.config import Options, matches
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["lint"]
 
 _MODEL = ".onnx"
+_RELEASE = re.compile(r"\d{1,4}\.\d{1,4}", re.ASCII)
 
 
 def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None) -> Report:
@@ -47,24 +48,25 @@ def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None
     models: list[str] = []
     for found in _bundles(paths, options):
         models += [found.files.shown(model.name) for model in found.models]
-        run = _Run(found, _claimed(found, options))
+        run = _Run(found, options)
         findings += run.findings(active)
         notes |= dict.fromkeys(run.notes)
     findings.sort(key=lambda finding: (finding.path, finding.code))
     return Report(findings, list(notes), models)
 
 
-def _claimed(found: Bundle, options: Options) -> Options:
-    """The options, with the oldest runtime that a bundle says it is for if they name none."""
-    targets = found.said.get("targets")
-    releases = targets.get("onnxruntime") if isinstance(targets, dict) else None
-    if options.min_ort is not None or not isinstance(releases, list):
-        return options
-    known = [text for text in map(str, releases) if re.fullmatch(r"\d+\.\d+", text)]
-    oldest = min(known, key=_number, default=None)
-    if oldest is not None:  # of older ones than those in the tables nothing is known
-        oldest = max(oldest, OLDEST, key=_number)
-    return replace(options, min_ort=oldest)
+def _claimed(options: Options, claims: Claims) -> Options:
+    """The options, with what a bundle says a model is for where they say nothing."""
+    oldest = options.min_ort
+    if oldest is None and (known := [r for r in claims.onnxruntime if _RELEASE.fullmatch(r)]):
+        # of older ones than those in the tables nothing is known
+        oldest = max(min(known, key=_number), OLDEST, key=_number)
+    return replace(
+        options,
+        min_ort=oldest,
+        providers=options.providers or tuple(claims.providers),
+        browser=options.browser or claims.browser,
+    )
 
 
 def _number(release: str) -> list[int]:
@@ -83,10 +85,10 @@ class _Run:
         """What rules find in the models, one after the other, and in the bundle as a whole."""
         rules = [(rule, level) for rule, level in active if self._may(rule)]
         for model in self._bundle.models:
+            options = _claimed(self._options, self._bundle.claims(model.tier))
             for rule, level in rules:
                 if rule.of == "model" and (model.broken is None or rule.code == "OF410"):
-                    problems = rule.check(model, self._options)
-                    yield from self._told(rule, level, model, problems)
+                    yield from self._told(rule, level, model, rule.check(model, options))
         for rule, level in rules:
             if rule.of == "bundle":
                 problems = rule.check(self._bundle, self._options)

@@ -20,6 +20,7 @@ __all__ = [
     "Signature",
     "documented",
     "has_kernel",
+    "kernels_of",
     "limit",
     "number",
     "releases",
@@ -33,6 +34,13 @@ Provider = Literal["cpu", "cuda", "web", "webgpu"]
 """Where kernels run; ``web`` is onnxruntime-web, whose processor kernels are those of cpu."""
 
 PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda", "web", "webgpu")
+
+_KERNELS_OF: Mapping[str, Provider] = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",  # which takes what it does not
+    "JsExecutionProvider": "webgpu",
+    "WebGpuExecutionProvider": "webgpu",
+}
 
 _FILE = Path(__file__).with_name("kernels.json")
 _ROW = re.compile(r"(\d+)(\+|-(\d+))(?: ([\d.]*\.\.[\d.]*))?((?: \w+=\S+)*)")
@@ -59,6 +67,14 @@ def number(release: str) -> tuple[int, int]:
     """A release as numbers that can be compared."""
     major, minor = release.split(".")
     return int(major), int(minor)
+
+
+def kernels_of(provider: str) -> Provider:
+    """Whose kernels run what a provider of onnxruntime is given, by its name there.
+
+    A processor takes what other providers leave; what those have is not in the table.
+    """
+    return _KERNELS_OF.get(provider, "cpu")
 
 
 def limit(release: str, domain: str | None = None) -> int | None:

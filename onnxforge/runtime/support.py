@@ -25,7 +25,7 @@ from onnxforge.runtime.types import element
 from onnxforge.runtime.uses import Use, uses
 from onnxforge.walk import scopes
 
-__all__ = ["Reason", "Support", "node_reason", "supported", "versions"]
+__all__ = ["Question", "Reason", "Support", "node_reason", "supported", "versions"]
 
 Kind = Literal["ir", "opset", "kernel", "type", "form", "unknown"]
 Verdict = Literal["loads", "does not load", "does not run", "unknown"]
@@ -93,8 +93,8 @@ def supported(
         asked: Releases, as ``versions`` gives them; None for all that are in the tables.
         provider: Where it should run.
     """
-    question = _Question(model, provider)
-    return [question.answer(release) for release in (asked or releases())]
+    question = Question(model)
+    return [question.answer(release, provider) for release in (asked or releases())]
 
 
 def versions(text: str) -> tuple[str, ...]:
@@ -124,12 +124,12 @@ def _position(text: str) -> int:
     return releases().index(found.release)
 
 
-class _Question:
+class Question:
     """A model, made ready to be asked about."""
 
-    def __init__(self, model: ir.Model, provider: Provider) -> None:
+    def __init__(self, model: ir.Model) -> None:
+        """Find all that is asked about in a model; no weight is read."""
         self._model = model
-        self._provider = provider
         first: dict[tuple[object, ...], Use] = {}
         for use in (found := list(uses(model))):
             first.setdefault(_key(use), use)
@@ -141,19 +141,20 @@ class _Question:
             for item in scope.opset_imports.items():
                 self._imports.setdefault(item, scope.path.removesuffix("/"))
 
-    def answer(self, release: str) -> Support:
+    def answer(self, release: str, provider: Provider) -> Support:
+        """What a release makes of the model where it should run; see `supported`."""
         reasons = list(self._of_model(release))
         seen: set[tuple[str, str]] = set()
         for use in self._uses:
-            reason = node_reason(use, release, self._provider)
+            reason = node_reason(use, release, provider)
             if reason is not None and (reason.kind, reason.text) not in seen:
                 seen.add((reason.kind, reason.text))
                 reasons.append(reason)
         for fault in self._faults:
-            if fault.holds(release, self._provider) and ("form", fault.text) not in seen:
+            if fault.holds(release, provider) and ("form", fault.text) not in seen:
                 seen.add(("form", fault.text))
                 reasons.append(Reason("form", fault.where, fault.text, fault.at_run))
-        return Support(release, self._provider, tuple(reasons), self._provider != "cpu")
+        return Support(release, provider, tuple(reasons), provider != "cpu")
 
     def _of_model(self, release: str) -> Iterator[Reason]:
         newest = limit(release)

@@ -26,6 +26,7 @@ from onnxforge.bundle.build import planned
 from onnxforge.bundle.reading import read_recipe
 from onnxforge.bundle.state import State, opened
 from onnxforge.errors import OnnxforgeError, SpecError
+from onnxforge.lint import Options, lint
 from onnxforge.replay import verify
 from support import bundles, fixtures, oracle, pairs
 from support.bundles import (
@@ -198,6 +199,26 @@ def test_statistics_are_named_by_their_hash(full: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "source/one.onnx", tier, statistics=[file]).derived
 
 
+def test_published_statistics_let_anybody_replay(full: Path, tmp_path: Path) -> None:
+    written(tmp_path, 'statistics = "ranges"\n' + FULL + SQ)
+    made(full)
+    check_documents(tmp_path)
+    graphs = document(tmp_path, "metadata.json")["graphs"]
+    assert graphs["one"]["statistics"]["file"] == "ranges/one.safetensors"
+    file = tmp_path / "out/ranges/one.safetensors"
+    assert bundles.hashes({"": file.read_bytes()})[""] == graphs["one"]["statistics"]["sha256"]
+    replayed = Options(derived=True, select=("not-derived",))
+    assert lint([tmp_path / "out"], replayed).clean
+    written(tmp_path, FULL + SQ)
+    made(full)
+    assert not file.exists()
+    check_documents(tmp_path)
+    assert document(tmp_path, "metadata.json")["graphs"]["one"]["statistics"]["file"] is None
+    (finding,) = lint([tmp_path / "out"], replayed).findings
+    assert "sq/one.onnx: OF476 cannot be replayed: " in str(finding)
+    assert "no file given has sha256:" in finding.message
+
+
 def changes(folder: Path, act: Callable[[], object]) -> set[str]:
     """Which tiers have another inode after a build."""
 
@@ -314,6 +335,25 @@ def test_the_oldest_runtime_refuses_what_it_cannot_load(tmp_path: Path) -> None:
     text = BARE + '[targets]\nonnxruntime = ["1.20", "1.18"]\n'
     assert not made(written(tmp_path, text)).failed
     assert document(tmp_path, "metadata.json")["targets"]["onnxruntime"] == ["1.18", "1.20"]
+
+
+def test_a_tier_may_be_meant_for_something_else(tmp_path: Path) -> None:
+    text = BARE.replace("fp16w", "bf16").replace('"bf16"', '"bf16{raise_opset=21}"')
+    text += '[targets]\nonnxruntime = "1.17"\n'
+    recipe = laid_out(tmp_path, text)
+    assert made(recipe).failed.keys() == {"bf16/one", "bf16/two"}
+    own = 'targets = {onnxruntime = "1.20", providers = "CUDAExecutionProvider"}\n'
+    written(tmp_path, text.replace("[targets]", f"{own}[targets]"))
+    assert not made(recipe).failed
+    check_documents(tmp_path)
+    tiers = document(tmp_path, "metadata.json")["tiers"]
+    assert tiers["fp32"]["targets"] == {"onnxruntime": ["1.17"], "providers": []}
+    assert tiers["bf16"]["targets"]["onnxruntime"] == ["1.20"]
+    assert lint([tmp_path / "out"], Options(ignore=("gate-missing",))).clean
+    found = lint([tmp_path / "out"], Options(providers=("CPUExecutionProvider",))).findings
+    assert {finding.rule for finding in found if finding.level == "error"} == {"no-kernel"}
+    found = lint([tmp_path / "out"], Options(min_ort="1.17")).findings
+    assert "opset-too-new" in {finding.rule for finding in found}
 
 
 @pytest.fixture(scope="module")

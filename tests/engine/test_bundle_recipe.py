@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxforge.bundle.reading import read_recipe
+from onnxforge.bundle.recipe import Targets
 from onnxforge.bundle.toml import positions
 from onnxforge.compare.gates import Gate
 from onnxforge.errors import OnnxforgeError, SpecError
@@ -119,6 +120,7 @@ layout = "{graph}-model.{tier}.onnx"
 license = "MIT"
 md5 = true
 golden = "test/fixtures"
+statistics = "ranges"
 files = ["a/tokenizer.json", { source = "b", path = "c/d", link = true }]
 
 [run]
@@ -148,6 +150,7 @@ parity = { random = 2, sizes = { time = 7 }, cache = "filled" }
 [tiers.flat]
 layout = "{graph}.onnx"
 weights = "inline"
+targets.providers = "CUDAExecutionProvider"
 
 [tiers.int8]
 pipeline = "dynamic-int8"
@@ -164,7 +167,8 @@ graphs.embed = { pipeline = "gather-int8", gates = { min-cosine = 0.9 } }
         ("b", "c/d", True),
     ]
     assert (recipe.setup.threads, recipe.setup.timeout) == (2, 60.0)
-    assert recipe.targets.onnxruntime == ("1.20",)
+    assert recipe.targets == Targets(("1.20",), ("CPUExecutionProvider",))
+    assert recipe.browser == ("flat",)
     encoder, embed = recipe.graphs.values()
     assert encoder.parity is not None
     assert encoder.parity.data.paths == (tmp_path / "x", tmp_path / "y.npz")
@@ -175,7 +179,10 @@ graphs.embed = { pipeline = "gather-int8", gates = { min-cosine = 0.9 } }
     assert (encoder.calibration.op_types, encoder.calibration.rows) == (("Conv",), 8)
     assert embed.parity is not None
     assert (embed.parity.data.sizes, embed.parity.data.cache) == ({"time": 7}, "filled")
+    assert str(recipe.statistics_of(encoder)) == "ranges/encoder.safetensors"
     flat, int8 = recipe.tiers.values()
+    assert flat.targets == Targets(("1.20",), ("CUDAExecutionProvider",))
+    assert int8.targets == recipe.targets
     assert str(flat.graphs["embed"].path) == "embed.onnx"
     assert str(int8.graphs["embed"].path) == "embed-model.int8.onnx"
     assert [step.name for step in int8.graphs["embed"].passes] == ["gather-int8"]
@@ -300,6 +307,12 @@ def test_a_table_in_pyproject(tmp_path: Path) -> None:
             "[targets]\nbrowser = 'fp33'\n[tiers",
             "16: targets.browser: there is no t",
         ),
+        (
+            "graphs.one.gates",
+            "targets.browser = 1\ngraphs.one.gates",
+            "19: tiers.fp16w.targets.browser: there is no such key",
+        ),
+        ("[graphs.one]", "statistics = '..'\n[graphs.one]", "6: statistics: '..' is no "),
         ("[tiers", "[run]\nthreads = -1\n[tiers", "16: run.threads: wanted at least 0"),
         ("[tiers", "[run]\ntimeout = 0\n[tiers", "15: run: timeout: wanted a positive number"),
     ],

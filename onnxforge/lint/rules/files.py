@@ -150,10 +150,11 @@ def too_large_for_browsers(bundle: Bundle, options: Options) -> Iterator[Problem
     Fix:
         None.
     """
-    targets = bundle.said.get("targets", {})
-    said = targets.get("browser") if isinstance(targets, dict) else None
-    tiers = said if isinstance(said, list) else []
-    models = [model for model in bundle.models if options.browser or model.tier in tiers]
+    models = [
+        model
+        for model in bundle.models
+        if options.browser or bundle.claims(model.tier).browser
+    ]
     names = dict.fromkeys([*(model.name for model in models), *by_file(models)])
     for name in names:
         size = bundle.files.size(name) or 0

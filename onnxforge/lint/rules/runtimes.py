@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.rules.operators import lack
 from onnxforge.runtime.ceilings import ceiling
-from onnxforge.runtime.kernels import releases
+from onnxforge.runtime.kernels import Provider, kernels_of, releases
 
 if TYPE_CHECKING:
     from onnxforge.lint.config import Options
     from onnxforge.lint.model import Model
     from onnxforge.lint.view import Node
-    from onnxforge.runtime.kernels import Provider
+    from onnxforge.runtime.support import Support
 
 __all__ = ["RULES"]
+
+_NAMES: Mapping[Provider, str] = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "web": "onnxruntime-web",
+    "webgpu": "onnxruntime-web on WebGPU",
+}
 
 
 def no_kernel(model: Model, options: Options) -> Iterator[Problem]:
@@ -27,8 +34,9 @@ def no_kernel(model: Model, options: Options) -> Iterator[Problem]:
 
     What it does:
         Looks operator, version and element types of every node up in the kernels of the
-        releases from `min-ort` on, or of the newest one, also of onnxruntime-web with
-        `browser`. What the tables do not tell is not told.
+        releases from `min-ort` on, or of the newest one: those of the processor, or of each
+        of the `providers`, and of onnxruntime-web with `browser`. What the tables do not tell
+        is not told.
 
     Why it is bad:
         The release refuses the model.
@@ -73,18 +81,19 @@ def failing_form(model: Model, options: Options) -> Iterator[Problem]:
 
 
 def _problems(model: Model, options: Options, kinds: Sequence[str]) -> Iterator[Problem]:
-    providers: list[Provider] = ["cpu", "web"] if options.browser else ["cpu"]
+    providers = dict.fromkeys(map(kernels_of, options.providers or ("",)))
+    if options.browser:
+        providers["web"] = None
     found: dict[tuple[str, str], dict[Provider, list[str]]] = {}
-    for provider in providers:
-        for release, kind, where, text in _reasons(model, options.min_ort, provider):
-            if kind in kinds:
-                names = found.setdefault((where, text), {}).setdefault(provider, [])
-                names.append(release)
+    for support in _answers(model, options.min_ort, tuple(providers)):
+        for reason in support.reasons:
+            if reason.kind in kinds:
+                lacking = found.setdefault((reason.node, reason.text), {})
+                lacking.setdefault(support.provider, []).append(support.version)
     told = {node.where for node in model.nodes if _is_told(node, options)}
     for (where, text), lacking in found.items():
         places = " and ".join(
-            f"{'onnxruntime' if provider == 'cpu' else 'onnxruntime-web'} {_span(names)}"
-            for provider, names in lacking.items()
+            f"{_NAMES[provider]} {_span(names)}" for provider, names in lacking.items()
         )
         if where not in told:
             yield Problem(f"{text} in {places}", where)
@@ -98,15 +107,15 @@ def _is_told(node: Node, options: Options) -> bool:
     return domain not in options.allow
 
 
-@functools.lru_cache(maxsize=2)  # two rules ask the same of each provider
-def _reasons(
-    model: Model, oldest: str | None, provider: Provider
-) -> list[tuple[str, str, str, str]]:
-    """Release, kind, place and text of each reason that a release has."""
+@functools.lru_cache(maxsize=1)  # two rules ask the same
+def _answers(
+    model: Model, oldest: str | None, providers: tuple[Provider, ...]
+) -> list[Support]:
+    """What each release makes of a model, but those that lack its operator set."""
     from onnx_ir import serde
 
     from onnxforge.cycles import refuse_cycles
-    from onnxforge.runtime.support import supported
+    from onnxforge.runtime.support import Question
 
     known = releases()
     first = None if oldest is None else ceiling(oldest).release
@@ -115,15 +124,11 @@ def _reasons(
         with warnings.catch_warnings(action="ignore"):
             graph = serde.deserialize_model(model.proto)
         refuse_cycles(graph)
-        found = supported(graph, asked, provider)
+        question = Question(graph)
+        found = [question.answer(each, place) for place in providers for each in asked]
     except (serde.SerdeError, ModelError, ValueError, TypeError, KeyError):
         return []  # what is wrong with such a graph other rules tell
-    return [
-        (support.version, reason.kind, reason.node, reason.text)
-        for support in found
-        if all(reason.kind != "opset" for reason in support.reasons)  # what that lacks follows
-        for reason in support.reasons
-    ]
+    return [each for each in found if all(reason.kind != "opset" for reason in each.reasons)]
 
 
 def _span(names: Sequence[str]) -> str:

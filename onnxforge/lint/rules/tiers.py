@@ -15,6 +15,7 @@ from onnxforge.lint.finding import Problem, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from onnxforge.lint.bundle import Bundle
     from onnxforge.lint.config import Options
@@ -134,7 +135,8 @@ def opset_differs(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """A graph imports another version of ai.onnx than in the first tier.
 
     What it does:
-        Compares the imports of the same graph in all tiers.
+        Compares the imports of the same graph in all tiers. A newer one is a remark only if
+        the model says that onnxforge made it: no pass raises it unless it is told to.
 
     Why it is bad:
         A tier that needs a newer runtime than its parent surprises; one that is older was
@@ -153,7 +155,8 @@ def opset_differs(bundle: Bundle, options: Options) -> Iterator[Problem]:
         versions = [each.graphs[0].imports.get("", 0) for each in (model, reference)]
         if versions[0] != versions[1]:
             text = f"imports ai.onnx {versions[0]}, {reference.name} {versions[1]}"
-            yield Problem(text, file=model.name)
+            raised = versions[0] > versions[1] and _PIPELINE in model.metadata
+            yield Problem(text, file=model.name, level="info" if raised else None)
 
 
 def untrue_tier(bundle: Bundle, options: Options) -> Iterator[Problem]:
@@ -221,7 +224,8 @@ def not_derived(bundle: Bundle, options: Options) -> Iterator[Problem]:
 
     What it does:
         With `--derived`: replays on the fp32 model what the tier says it is made by, and
-        compares graph and weights byte by byte, as `onnxforge verify` does. Reads both.
+        compares graph and weights byte by byte, as `onnxforge verify` does. Reads both. A tier
+        with calibrated ranges is replayed with the statistics that the bundle has.
 
     Why it is bad:
         The tier was made from another export, was changed by hand, or is something else.
@@ -230,7 +234,8 @@ def not_derived(bundle: Bundle, options: Options) -> Iterator[Problem]:
         `lm_head.weight: differs from byte 4096 of 822,083,584 on`
 
     How to mend:
-        Make the tier again.
+        Make the tier again. If the statistics are missing: `statistics = "statistics"` in the
+        recipe puts them into the bundle.
 
     Fix:
         None.
@@ -239,18 +244,31 @@ def not_derived(bundle: Bundle, options: Options) -> Iterator[Problem]:
         return
     from onnxforge.replay import verify
 
+    statistics = _statistics(bundle)
     for reference, model in _pairs(bundle):
         parent, child = (bundle.files.local(each.name) for each in (reference, model))
         if parent is None or child is None:
             continue
         try:
-            found = verify(parent, child)
+            found = verify(parent, child, statistics=statistics)
         except OnnxforgeError as error:
             yield Problem(f"cannot be replayed: {error}", file=model.name)
             continue
         if found.differences:
             more = f", and {len(found.differences) - 1} more" * (len(found.differences) > 1)
             yield Problem(f"{found.differences[0]}{more}", file=model.name)
+
+
+def _statistics(bundle: Bundle) -> list[Path]:
+    """Files of statistics that metadata name."""
+    graphs = bundle.said.get("graphs")
+    named = [
+        used.get("file")
+        for graph in (graphs.values() if isinstance(graphs, dict) else ())
+        if isinstance(graph, dict) and isinstance(used := graph.get("statistics"), dict)
+    ]
+    names = [name for name in named if isinstance(name, str) and name in bundle.files.names]
+    return [path for name in names if (path := bundle.files.local(name)) is not None]
 
 
 def _pairs(bundle: Bundle) -> Iterator[tuple[Model, Model]]:
