@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from onnxforge import model_io
+from onnxforge.errors import ModelError
 from onnxforge.lazy import FileTensor
 from onnxforge.manager import PIPELINE_KEY
 from onnxforge.storage.remote import is_address
@@ -118,7 +119,10 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         if scope.function is not None and scope.parent is None:
             for domain, version in scope.opset_imports.items():
                 opsets[scope.path + (domain or "ai.onnx")] = version
-    weights = Weights(model)
+    try:
+        weights = Weights(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     return Inspection(
         ir_version=model.ir_version,
         opsets=opsets,

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxforge import remarks
+from onnxforge.errors import ModelError
 from onnxforge.needs import needed_constants
 from onnxforge.storage.writer import default_workers
 from onnxforge.walk import Scope, label, scopes
@@ -260,14 +261,15 @@ def _strings(attribute: ir.Attr) -> ir.TensorProtocol:
     return ir.StringTensor(content, shape=ir.Shape(shape))
 
 
-_CONSTANT_FORMS: Mapping[str, Callable[[ir.Attr], ir.TensorProtocol]] = {
-    "value": lambda a: a.as_tensor(),
-    "value_float": lambda a: ir.tensor(np.array(a.value, np.float32)),
-    "value_floats": lambda a: ir.tensor(np.array(a.value, np.float32)),
-    "value_int": lambda a: ir.tensor(np.array(a.value, np.int64)),
-    "value_ints": lambda a: ir.tensor(np.array(a.value, np.int64)),
-    "value_string": _strings,
-    "value_strings": _strings,
+_Kind = ir.AttributeType
+_CONSTANT_FORMS: Mapping[str, tuple[_Kind, Callable[[ir.Attr], ir.TensorProtocol]]] = {
+    "value": (_Kind.TENSOR, lambda a: a.as_tensor()),
+    "value_float": (_Kind.FLOAT, lambda a: ir.tensor(np.array(a.value, np.float32))),
+    "value_floats": (_Kind.FLOATS, lambda a: ir.tensor(np.array(a.value, np.float32))),
+    "value_int": (_Kind.INT, lambda a: ir.tensor(np.array(a.value, np.int64))),
+    "value_ints": (_Kind.INTS, lambda a: ir.tensor(np.array(a.value, np.int64))),
+    "value_string": (_Kind.STRING, _strings),
+    "value_strings": (_Kind.STRINGS, _strings),
 }
 
 
@@ -292,8 +294,10 @@ def _in_attribute(
     where = scope.path + label(node, position)
     constant = node.op_type == "Constant" and not node.domain and node.outputs
     if constant and attribute.name in _CONSTANT_FORMS:
-        value = node.outputs[0]
-        tensor = _CONSTANT_FORMS[attribute.name](attribute)
+        value, (kind, form) = node.outputs[0], _CONSTANT_FORMS[attribute.name]
+        if attribute.type != kind:
+            raise ModelError(f"{where}: attribute {attribute.name!r} is no {kind.name}")
+        tensor = form(attribute)
         yield Weight(scope, tensor, value, node, scope.path + (value.name or where))
     elif attribute.type == ir.AttributeType.TENSOR:
         yield Weight(scope, attribute.as_tensor(), None, node, f"{where}.{attribute.name}")

@@ -56,7 +56,6 @@ class Bundle:
     Attributes:
         files: All files.
         models: The models that are looked at.
-        others: Models that stand beside them, and may own parts of the same data files.
         whole: Whether everything that belongs to the bundle is in it; false for single files.
         in_folders: Whether tiers are folders, or told by metadata; else their names end the
             names of files.
@@ -67,9 +66,14 @@ class Bundle:
         self.files = files
         self.models = models
         self.whole = whole
-        self.others: Sequence[Model] = ()
         told = {str(g.get("model")): (tier, name) for tier, name, g in _told(self.said)}
         self.in_folders = _sort(models, told)
+
+    @functools.cached_property
+    def others(self) -> Sequence[Model]:
+        """Models that stand beside single files, and may own parts of the same data files."""
+        names = () if self.whole else self.files.names.keys() - {m.name for m in self.models}
+        return [Model(self.files, name) for name in sorted(names) if name.endswith(".onnx")]
 
     @functools.cached_property
     def tiers(self) -> Mapping[str, Mapping[str, Model]]:
@@ -136,11 +140,7 @@ def _words(found: Any) -> Sequence[str]:
 
 def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:
     """The models of some names as a bundle."""
-    found = Bundle(files, [Model(files, name) for name in names], whole=whole)
-    if not whole:
-        beside = [n for n in files.names if n.endswith(".onnx") and n not in names]
-        found.others = [Model(files, name) for name in beside]
-    return found
+    return Bundle(files, [Model(files, name) for name in names], whole=whole)
 
 
 def told_graphs(said: Any) -> Iterator[tuple[str, dict[str, Any]]]:

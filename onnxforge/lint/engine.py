@@ -41,15 +41,15 @@ def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None
     """
     options = options or Options()
     options.refuse_unknown(RULES)
-    active = [(rule, level) for rule in RULES if (level := options.level(rule)) != "off"]
+    levels = ((rule, options.level(rule)) for rule in RULES)
+    active = [(rule, cast("Level", level)) for rule, level in levels if level != "off"]
     findings: list[Finding] = []
     notes: dict[str, None] = {}
     models: list[str] = []
     for found in _bundles(paths, options):
         models += [found.files.shown(model.name) for model in found.models]
         run = _Run(found, options)
-        for rule, level in active:
-            findings += run.findings(rule, cast("Level", level))
+        findings += run.findings(active)
         notes |= dict.fromkeys(run.notes)
     findings.sort(key=lambda finding: (finding.path, finding.code))
     return Report(findings, list(notes), models)
@@ -81,20 +81,23 @@ class _Run:
         self._options = options
         self.notes: list[str] = []
 
-    def findings(self, rule: Rule, level: Level) -> Iterator[Finding]:
-        """What a rule finds in the models or in the bundle as a whole."""
-        if rule.reads and not self._may_read(rule):
-            return
-        if rule.of == "bundle":
-            yield from self._told(rule, level, None, rule.check(self._bundle, self._options))
-            return
+    def findings(self, active: Iterable[tuple[Rule, Level]]) -> Iterator[Finding]:
+        """What rules find in the models, one after the other, and in the bundle as a whole."""
+        rules = [(rule, level) for rule, level in active if self._may(rule)]
         for model in self._bundle.models:
-            if model.broken is None or rule.code == "OF410":
-                options = _claimed(self._options, self._bundle.claims(model.tier))
-                problems = rule.check(model, options)
-                yield from self._told(rule, level, model, problems)
+            options = _claimed(self._options, self._bundle.claims(model.tier))
+            for rule, level in rules:
+                if rule.of == "model" and (model.broken is None or rule.code == "OF410"):
+                    yield from self._told(rule, level, model, rule.check(model, options))
+        for rule, level in rules:
+            if rule.of == "bundle":
+                problems = rule.check(self._bundle, self._options)
+                yield from self._told(rule, level, None, problems)
 
-    def _may_read(self, rule: Rule) -> bool:
+    def _may(self, rule: Rule) -> bool:
+        """Whether a rule may read what it needs."""
+        if not rule.reads:
+            return True
         reason = "not with --no-hash" if not self._options.hash else None
         if reason is None and self._bundle.files.local("") is None:
             reason = "not over http"

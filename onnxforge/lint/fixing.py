@@ -37,20 +37,33 @@ def fix(report: Report) -> tuple[dict[str, str], list[str]]:
     for finding in report.findings:
         if finding.passes is not None:
             wanted.setdefault(finding.path, {})[finding.passes] = None
-    done: dict[str, str] = {}
+    done: dict[str, list[str]] = {}
     notes: list[str] = []
-    for path, steps in wanted.items():
-        passes = ",".join(step for step in steps if step)
+    waiting = [(path, list(steps)) for path, steps in wanted.items()]
+    while waiting:
+        path, steps = waiting.pop(0)
         try:
-            listed = _Listed.find(Path(path))
-            PassManager(passes or ()).run(Path(path), Path(path), force=True)
-            done[path] = passes or "being written anew"
-            if listed is not None:
-                listed.renew()
-                done[str(listed.folder / MANIFEST)] = "the hashes of what was mended"
+            told = _mended(path, ",".join(filter(None, steps)))
         except OnnxforgeError as error:
-            notes.append(f"not mended: {error}")
-    return done, notes
+            if len(steps) == 1:
+                notes.append(f"not mended: {error}")
+            else:  # what refuses the model holds up no other
+                waiting += [(path, [step]) for step in steps]
+            continue
+        for file, what in told.items():
+            done.setdefault(file, []).append(what)
+    return {file: ",".join(dict.fromkeys(what)) for file, what in done.items()}, notes
+
+
+def _mended(path: str, passes: str) -> dict[str, str]:
+    """Run a pipeline on a file in its place; what was done, by file."""
+    listed = _Listed.find(Path(path))
+    PassManager(passes or ()).run(Path(path), Path(path), force=True)
+    done = {path: passes or "being written anew"}
+    if listed is not None:
+        listed.renew()
+        done[str(listed.folder / MANIFEST)] = "the hashes of what was mended"
+    return done
 
 
 class _Listed:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.held import Held, held
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Header", "Model"]
 
 _POINTER = b"version https://git-lfs"
+_STRING, _MESSAGE = FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE
 
 
 @dataclass(frozen=True)
@@ -67,33 +69,14 @@ class Header:
 
 
 def _texts(proto: onnx.ModelProto) -> Iterator[object]:
-    """What should be text, and is bytes where it cannot be decoded."""
-    yield from (proto.producer_name, proto.producer_version, proto.domain)
-    for entry in proto.metadata_props:
-        yield from (entry.key, entry.value)
-    yield from (entry.domain for entry in proto.opset_import)
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    """All that should be text; what cannot be decoded comes as bytes."""
+    waiting: list[Message] = [proto]
     while waiting:
-        graph = waiting.pop()
-        yield from _named(graph)
-        for node in graph.node:
-            yield from (node.name, node.domain, node.op_type, *node.input, *node.output)
-            for attribute in node.attribute:
-                waiting += [attribute.g] if attribute.HasField("g") else []
-                waiting += attribute.graphs
-
-
-def _named(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[object]:
-    yield graph.name
-    if isinstance(graph, onnx.FunctionProto):
-        yield from (graph.domain, *graph.input, *graph.output)
-        return
-    for tensor in graph.initializer:
-        yield tensor.name
-        for entry in tensor.external_data:
-            yield from (entry.key, entry.value)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.name
+        for field, value in waiting.pop().ListFields():
+            if field.type == _MESSAGE:
+                waiting += [value] if isinstance(value, Message) else value
+            elif field.type == _STRING and field.name != "doc_string":
+                yield from [value] if isinstance(value, str | bytes) else value
 
 
 class Model:
@@ -140,6 +123,15 @@ class Model:
     def graphs(self) -> list[Graph]:
         """All its graphs, the main one first."""
         return graphs(self.proto, self.header.payloads, self.header.location)
+
+    @property
+    def owners(self) -> Iterator[Graph]:
+        """The main graph and the functions: what has imports of its own."""
+        return (graph for graph in self.graphs if graph.parent is None)
+
+    def within(self, owner: Graph) -> Iterator[Graph]:
+        """A main graph or function and the bodies in it."""
+        return (graph for graph in self.graphs if graph.root is owner)
 
     @property
     def nodes(self) -> Iterator[Node]:

@@ -193,6 +193,11 @@ class Graph:
     missing: list[tuple[Node, str]] = field(default_factory=list)
     types: dict[str, onnx.TypeProto] = field(default_factory=dict)
 
+    @functools.cached_property
+    def root(self) -> Graph:
+        """The main graph or the function that it is in, itself if it is one."""
+        return self if self.parent is None else self.parent.root
+
     def defines(self, name: str) -> bool:
         """Whether a value is made here."""
         return name in self.makers or name in self.constants or name in self._inputs
@@ -291,7 +296,8 @@ def _imports(entries: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in entries:
         domain = "" if entry.domain == "ai.onnx" else entry.domain
-        found[domain] = max(entry.version, found.get(domain, 0))
+        if entry.version > 0:  # there is none before the first
+            found[domain] = max(entry.version, found.get(domain, 0))
     return found
 
 

@@ -11,7 +11,7 @@ from onnx_ir import serde
 
 from onnxforge.runtime.types import to_proto
 
-__all__ = ["as_node", "function"]
+__all__ = ["as_node", "function", "has_builder"]
 
 
 def function(
@@ -19,6 +19,7 @@ def function(
     inputs: Sequence[str | None],
     outputs: Sequence[str | None],
     attributes: Mapping[str, ir.Attr],
+    shapes: Sequence[ir.Shape | None] = (),
 ) -> ir.Function | None:
     """The nodes that an operator is made of.
 
@@ -27,6 +28,8 @@ def function(
         inputs: Types of the inputs, "" for one that is left out.
         outputs: Types of the outputs, likewise.
         attributes: The attributes of the node.
+        shapes: Shapes of the inputs, as far as they are known; some operators are made of
+            others for each number of axes.
 
     Returns:
         None for an operator that is not made of others, or not with such inputs.
@@ -43,12 +46,25 @@ def function(
     types = [to_proto(kind) if kind else onnx.TypeProto() for kind in inputs]
     if not built or None in types or None in inputs:
         return None
+    for kind, shape in zip(types, shapes, strict=False):
+        if kind is not None and shape is not None and kind.HasField("tensor_type"):
+            serde.serialize_shape_into(kind, shape)
     text = schema.get_context_dependent_function_with_opset_version(
         max(built),
         as_node((domain, op_type), inputs, outputs, attributes).SerializeToString(),
         [kind.SerializeToString() for kind in types if kind is not None],
     )
     return _read(text)
+
+
+def has_builder(operator: tuple[str, str, int]) -> bool:
+    """Whether onnx makes an operator of others for what it is fed, shapes included."""
+    domain, op_type, version = operator
+    try:
+        schema: Any = onnx.defs.get_schema(op_type, version, domain)
+    except onnx.defs.SchemaError:
+        return False
+    return any(v <= version for v in schema.context_dependent_function_opset_versions)
 
 
 def _holds(body: ir.Function, written: int, version: int) -> bool:

@@ -184,7 +184,9 @@ def signature(domain: str, op_type: str, version: int) -> Signature | None:
         tuple(Port(p.name, _plain(p.type_str), p.option == many) for p in ports)
         for ports in (schema.inputs, schema.outputs)
     )
-    choices = {
+    choices: dict[str, tuple[str, ...]]
+    choices = {port.type: (port.type,) for port in (*inputs, *outputs)}  # those that are fixed
+    choices |= {
         constraint.type_param_str: tuple(map(_plain, constraint.allowed_type_strs))
         for constraint in schema.type_constraints
     }

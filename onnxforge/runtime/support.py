@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxforge.errors import SpecError
 from onnxforge.runtime.ceilings import ceiling
+from onnxforge.runtime.expansion import has_builder
 from onnxforge.runtime.forms import faults
 from onnxforge.runtime.kernels import (
     Provider,
@@ -24,7 +25,7 @@ from onnxforge.runtime.types import element
 from onnxforge.runtime.uses import Use, uses
 from onnxforge.walk import scopes
 
-__all__ = ["Reason", "Support", "node_reason", "supported", "versions"]
+__all__ = ["Question", "Reason", "Support", "node_reason", "supported", "versions"]
 
 Kind = Literal["ir", "opset", "kernel", "type", "form", "unknown"]
 Verdict = Literal["loads", "does not load", "does not run", "unknown"]
@@ -92,8 +93,8 @@ def supported(
         asked: Releases, as ``versions`` gives them; None for all that are in the tables.
         provider: Where it should run.
     """
-    question = _Question(model, provider)
-    return [question.answer(release) for release in (asked or releases())]
+    question = Question(model)
+    return [question.answer(release, provider) for release in (asked or releases())]
 
 
 def versions(text: str) -> tuple[str, ...]:
@@ -123,47 +124,48 @@ def _position(text: str) -> int:
     return releases().index(found.release)
 
 
-class _Question:
+class Question:
     """A model, made ready to be asked about."""
 
-    def __init__(self, model: ir.Model, provider: Provider) -> None:
+    def __init__(self, model: ir.Model) -> None:
+        """Find all that is asked about in a model; no weight is read."""
         self._model = model
-        self._provider = provider
         first: dict[tuple[object, ...], Use] = {}
         for use in (found := list(uses(model))):
             first.setdefault(_key(use), use)
         self._faults = tuple(faults(model, found))
         self._uses = tuple(first.values())
         self._types = _element_types(model)
+        self._imports: dict[tuple[str, int], str] = {}
+        for scope in scopes(model):
+            for item in scope.opset_imports.items():
+                self._imports.setdefault(item, scope.path.removesuffix("/"))
 
-    def answer(self, release: str) -> Support:
+    def answer(self, release: str, provider: Provider) -> Support:
+        """What a release makes of the model where it should run; see `supported`."""
         reasons = list(self._of_model(release))
         seen: set[tuple[str, str]] = set()
         for use in self._uses:
-            reason = node_reason(use, release, self._provider)
+            reason = node_reason(use, release, provider)
             if reason is not None and (reason.kind, reason.text) not in seen:
                 seen.add((reason.kind, reason.text))
                 reasons.append(reason)
         for fault in self._faults:
-            if fault.holds(release, self._provider) and ("form", fault.text) not in seen:
+            if fault.holds(release, provider) and ("form", fault.text) not in seen:
                 seen.add(("form", fault.text))
                 reasons.append(Reason("form", fault.where, fault.text, fault.at_run))
-        return Support(release, self._provider, tuple(reasons), self._provider != "cpu")
+        return Support(release, provider, tuple(reasons), provider != "cpu")
 
     def _of_model(self, release: str) -> Iterator[Reason]:
         newest = limit(release)
         if newest is not None and self._model.ir_version > newest:
             text = f"IR version {self._model.ir_version}, at most {newest}"
             yield Reason("ir", "", text)
-        told = set()
-        for scope in scopes(self._model):
-            for domain, version in scope.opset_imports.items():
-                most = limit(release, domain)
-                if most is None or version <= most or (domain, version) in told:
-                    continue
-                told.add((domain, version))
+        for (domain, version), where in self._imports.items():
+            most = limit(release, domain)
+            if most is not None and version > most:
                 text = f"{domain or 'ai.onnx'} {version}, at most {most}"
-                yield Reason("opset", scope.path.removesuffix("/"), text)
+                yield Reason("opset", where, text)
         for name, where in self._types.items():
             if not type_known(release, name):
                 yield Reason("type", where, f"element type {name} is not known")
@@ -236,6 +238,8 @@ def _placed(use: Use, release: str, provider: Provider) -> bool | None:
     if use.parts:
         parts = {_placed(part, release, provider) for part in use.parts}
         return False if False in parts else None if None in parts else True
+    if has_builder(operator):  # of what depends on shapes that nobody knows
+        answers.append(None)
     if _needs_casts(use):
         as_float = [_widened(types) for types in (use.inputs, use.outputs)]
         answers.append(has_kernel(release, "cpu", operator, *as_float))

@@ -59,7 +59,8 @@ class Use:
         if self.version is None:
             return ()
         operator = self.domain, self.node.op_type, self.version
-        body = function(operator, self.inputs, self.outputs, self.attributes)
+        shapes = [None if value is None else value.shape for value in self.node.inputs]
+        body = function(operator, self.inputs, self.outputs, self.attributes, shapes)
         if body is None:
             return ()
         walk = _Walk({}, {**_imports(body.opset_imports), **self.imports})

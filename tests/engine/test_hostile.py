@@ -81,6 +81,17 @@ def test_a_sound_model_is_no_refusal(server: Server, command: str) -> None:
             (folder / "out.onnx").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("kind", ["UNDEFINED", "INT"])
+def test_a_constant_that_is_no_tensor_is_refused_in_a_line(tmp_path: Path, kind: str) -> None:
+    model = hostile.sound()
+    held = model.graph.node.add(op_type="Constant", output=["c"], name="c").attribute.add()
+    held.name, held.i, held.type = "value", 1, onnx.AttributeProto.AttributeType.Value(kind)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=f"^{path}: c: attribute 'value' is no TENSOR$"):
+        inspect(path)
+
+
 def test_what_is_no_refusal_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     right = Done(2, "", f"onnxforge: {path}: tensor 'w': is absolute\n", 100_000_000)

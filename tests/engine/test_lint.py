@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import jsonschema
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -25,6 +26,7 @@ from onnxforge.lint.config import configured, find
 from onnxforge.lint.engine import lint as looked
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import HEADINGS
+from onnxforge.lint.fixing import fix
 from onnxforge.lint.model import Model
 from onnxforge.lint.render import FORMATS
 from onnxforge.lint.rules import FAMILIES, RULES
@@ -394,6 +396,24 @@ def test_explain_tells_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # Output.
+
+
+def test_a_fix_that_is_refused_holds_up_no_other(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Relu", ["wide"], ["y"]),
+        helper.make_node("DequantizeLinear", ["w", "s"], ["wide"]),
+    ]
+    scale = {"s": np.ones((), np.float32)}
+    proto = faultless.model(nodes, [], [faultless.value("y", [4])], scale)
+    proto.graph.initializer.append(helper.make_tensor("w", TensorProto.INT4, [4], [1] * 4))
+    proto.opset_import[0].version, proto.ir_version = 21, 10
+    path = tmp_path / "packed.onnx"
+    path.write_bytes(proto.SerializeToString())
+    done, notes = fix(lint([path], Options(min_ort="1.17", select=("OF404", "OF430"))))
+    assert done == {str(path): "tidy"}
+    assert [note for note in notes if "w is INT4" in note] == notes != []
+    assert rules(path, select=("OF404", "OF430")) == ["ir-too-new"]
+    assert [node.op_type for node in onnx.load(path).graph.node][-1] == "Relu"
 
 
 @pytest.fixture

@@ -136,6 +136,48 @@ def _a_function_that_calls_itself(root: Path) -> None:
     beside(root, proto)
 
 
+@fault("misfit", "vad.onnx", "y")
+def _axes_as_they_were_up_to_17(root: Path) -> None:
+    beside(root, faultless.model([node("ReduceMean", ["x"], "y", axes=[1])], [X], [Y]))
+
+
+@fault("misfit", "vad.onnx", "y")
+def _no_axes_as_they_are_since_13(root: Path) -> None:
+    beside(root, faultless.model([node("Unsqueeze", ["x"], "y")], [X], [Y]))
+
+
+@fault("misfit", "vad.onnx", "y")
+def _an_axis_that_is_a_float(root: Path) -> None:
+    beside(root, faultless.model([node("Softmax", ["x"], "y", axis=1.0)], [X], [Y]))
+
+
+@fault("misfit", "vad.onnx", "y")
+def _an_attribute_that_stands_twice(root: Path) -> None:
+    softmax = node("Softmax", ["x"], "y", axis=0)
+    softmax.attribute.append(helper.make_attribute("axis", 1))
+    beside(root, faultless.model([softmax], [X], [Y]))
+
+
+def in_function(op: str, version: int, **attributes: Any) -> onnx.ModelProto:
+    """A call of a function that is written for a version of ai.onnx."""
+    proto = faultless.model([node("Inner", ["x"], "y", domain="own")], [X], [Y])
+    imports = [helper.make_opsetid("", version)]
+    body = [node(op, ["a"], "b", **attributes)]
+    proto.functions.append(helper.make_function("own", "Inner", ["a"], ["b"], body, imports))
+    proto.opset_import.add(domain="own", version=1)
+    return proto
+
+
+@fault("function-version", "vad.onnx", "own::Inner/b")
+def _a_function_of_an_older_model(root: Path) -> None:
+    beside(root, in_function("Squeeze", 11, axes=[0]))
+
+
+@fault("function-version", "vad.onnx", "own::Inner/b")
+def _another_default_in_the_model_around_it(root: Path) -> None:
+    beside(root, in_function("Softmax", 11))
+
+
 @fault("wrong-length", "vad.onnx", "w")
 def _values_in_the_field_of_another_type(root: Path) -> None:
     weights = {"w": random(0, 8, 8)}
@@ -519,8 +561,17 @@ def _a_zero_point_for_each_row(root: Path) -> None:
 
 
 @fault("no-kernel", "vad.onnx", "product")
-def _an_int8_convolution(root: Path) -> None:
-    beside(root, integers("ConvInteger", np.ones((4, 2, 3), np.int8), [UINT8], 3))
+def _int8_times_uint8(root: Path) -> None:
+    proto = integers("MatMulInteger", np.ones((4, 5), np.uint8), [])
+    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.INT8
+    beside(root, proto)
+
+
+@fault("no-kernel", "vad.onnx", "y")
+def _scales_of_half_precision(root: Path) -> None:
+    nodes = [node("Resize", ["x", "", "s"], "y")]
+    ports = [value(name, ["n", "c", 4, 4]) for name in "xy"]
+    beside(root, faultless.model(nodes, ports[:1], ports[1:], {"s": np.ones(4, np.float16)}))
 
 
 @fault("failing-form", "vad.onnx", "product")
@@ -564,6 +615,16 @@ def _int8_times_int8(root: Path) -> None:
     beside(root, proto)
 
 
+@fault("slow-integers", "vad.onnx", "product", min_ort="1.24")
+def _a_convolution_of_int8(root: Path) -> None:
+    beside(root, integers("ConvInteger", np.ones((4, 2, 3), np.int8), [UINT8], 3))
+
+
+@fault("wrong-products", "vad.onnx", "product")
+def _columns_that_amx_gets_wrong(root: Path) -> None:
+    beside(root, integers("MatMulInteger", np.ones((4, 50), np.int8), []))
+
+
 @fault("gemm-bias", "vad.onnx", "y")
 def _a_bias_of_float32(root: Path) -> None:
     weight = np.ones((8, 6), np.int8)
@@ -576,19 +637,23 @@ def _a_depthwise_convolution(root: Path) -> None:
     beside(root, integers("ConvInteger", weight, [UINT8, UINT8], 3, group=4))
 
 
-@fault("unfused-scales", "vad.onnx", "y")
-def _one_scale_after_the_other(root: Path) -> None:
+def scaled(*operands: str) -> onnx.ModelProto:
+    """A product whose scales are multiplied one after the other."""
     dynamic = helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"], name="dyn")
-    zero = np.zeros(8, np.int8)
     nodes = [
         dynamic,
-        node("MatMulInteger", ["xq", "w", "xz", "wz"], "sum"),
+        node("MatMulInteger", [*operands], "sum"),
         node("Cast", ["sum"], "cast", to=1),
         node("Mul", ["cast", "xs"], "half"),
         node("Mul", ["half", "ws"], "y"),
     ]
-    weights = {"w": np.ones((8, 8), np.int8), "wz": zero, "ws": np.ones(8, np.float32)}
-    beside(root, faultless.model(nodes, [X], [Y], weights))
+    weights = {"w": np.ones((8, 8), np.uint8), "ws": np.ones(8, np.float32)}
+    return faultless.model(nodes, [X], [Y], weights)
+
+
+@fault("unfused-scales", "vad.onnx", "y")
+def _one_scale_after_the_other(root: Path) -> None:
+    beside(root, scaled("xq", "w", "xz"))
 
 
 @fault("weight-dequantized", "vad.onnx", "y")
@@ -796,6 +861,20 @@ def test_a_fault_is_found_by_exactly_its_rule(case: Fault, tmp_path: Path) -> No
     paths = {Path(finding.path).relative_to(root).as_posix() for finding in findings}
     assert case.file is None or case.file in paths
     assert case.where is None or case.where in {finding.where for finding in findings}
+
+
+SOUND = {
+    "a weight on the left, which no fusion takes": scaled("w", "xq", "", "xz"),
+    "an operator of a function that only takes more types now": in_function("Relu", 13),
+    "a default that is written out": in_function("Softmax", 11, axis=-1),
+    "columns that AMX gets right": integers("MatMulInteger", np.ones((4, 48), np.int8), []),
+}
+
+
+@pytest.mark.parametrize("proto", SOUND.values(), ids=SOUND.keys())
+def test_what_looks_like_a_fault_and_is_none(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    beside(tmp_path, proto)
+    assert list(map(str, found(tmp_path))) == []
 
 
 def test_every_rule_has_a_fault() -> None:

@@ -9,9 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from onnxforge.errors import OnnxforgeError
 from onnxforge.lint import Options, lint
@@ -59,6 +61,43 @@ def test_a_damaged_model_never_ends_lint(
         content[at] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     FORMATS["text"](lint([path], Options(min_ort="1.17", browser=True)))
+
+
+def odd_text(model: onnx.ModelProto, place: str) -> None:
+    """Write qqqq where a text belongs."""
+    node = model.graph.node[0]
+    tensor = node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t
+    tensor.CopyFrom(onnx.TensorProto(dims=[1], data_type=1, data_location=1))
+    tensor.external_data.add(key="location", value="qqqq" if place == "location" else "w")
+    if place == "dimension":
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "qqqq"
+    if place == "node metadata":
+        node.metadata_props.add(key="k", value="qqqq")
+    if place == "doc_string":
+        node.doc_string = "qqqq"
+
+
+@pytest.mark.parametrize("place", ["location", "dimension", "node metadata", "doc_string"])
+def test_what_is_no_text_is_told_wherever_it_is(tmp_path: Path, place: str) -> None:
+    ports = [faultless.value(name, ["n", 8]) for name in "xy"]
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    model = faultless.model(nodes, ports[:1], ports[1:])
+    odd_text(model, place)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"qqqq", b"\xff\xfe\xff\xfe"))
+    found = {finding.rule for finding in lint([path]).findings}
+    assert ("unreadable" in found) == (place != "doc_string")
+
+
+@pytest.mark.parametrize("version", [2**63 - 1, 2**31, -1, -(2**63)])
+def test_an_operator_set_of_any_number_is_looked_up(tmp_path: Path, version: int) -> None:
+    ports = [faultless.value(name, [8]) for name in "xy"]
+    model = faultless.model([helper.make_node("Relu", ["x"], ["y"])], ports[:1], ports[1:])
+    model.opset_import[0].version = version
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    wanted = "opset-too-new" if version > 0 else "missing-import"
+    assert wanted in {f.rule for f in lint([path], Options(min_ort="1.17")).findings}
 
 
 JSON = st.recursive(

@@ -454,3 +454,11 @@ def test_rows_tell_each_kernel_of_each_release_and_no_other() -> None:
             ]
         }
     }
+
+
+def test_what_an_operator_is_made_of_by_its_shapes_is_unknown_without_them() -> None:
+    text = """<ir_version: 11, opset_import: ["" : 23]>
+        g (bfloat16{} x, bfloat16[4,8] c, bfloat16[4,8] s, int64[1,3] p) => (bfloat16 y)
+        {{ y = RotaryEmbedding (x, c, s, p) }}"""
+    assert one(text.format("[1,2,3,16]"), "1.32").verdict == "does not load"
+    assert one(text.format(""), "1.32").verdict == "unknown"

@@ -11,6 +11,7 @@ from onnxforge.lint.rules import (
     graph,
     lists,
     metadata,
+    operators,
     runtimes,
     tiers,
     versions,
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "RULES"]
 
-_MODULES = (versions, data, files, graph, weights, runtimes, forms, tiers, lists, metadata)
+_MODULES = (
+    versions,
+    operators,
+    data,
+    files,
+    graph,
+    weights,
+    runtimes,
+    forms,
+    tiers,
+    lists,
+    metadata,
+)
 
 FAMILIES: Mapping[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in _MODULES}
 """The module of each family."""

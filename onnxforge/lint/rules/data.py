@@ -299,14 +299,14 @@ def orphaned_bytes(bundle: Bundle, options: Options) -> Iterator[Problem]:
     Fix:
         Safe if one model owns the file and it is named after it: the model is written again.
     """
-    models = [*bundle.models, *bundle.others]
-    looked = {model.name for model in bundle.models}
+    own = by_file(bundle.models)
+    models = [*bundle.models, *bundle.others] if own else []  # others are read if need be
     if not bundle.files.complete or any(model.broken is not None for model in models):
         return  # what other models own nobody knows
-    for name, owners in by_file(models).items():
-        size = bundle.files.size(name)
-        mine = [each for each in owners if each.model.name in looked]
-        if size is None or not mine:
+    everybody = by_file(models)
+    for name, mine in own.items():
+        size, owners = bundle.files.size(name), everybody[name]
+        if size is None:
             continue
         gaps = [
             (start, stop)

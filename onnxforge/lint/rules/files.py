@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,17 +183,15 @@ def data_name(bundle: Bundle, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    readers: dict[str, set[str]] = defaultdict(set)
-    for model in [*bundle.models, *bundle.others]:
-        for name in by_file([model]):
-            readers[name].add(model.name)
-    for model in bundle.models:
+    for name, owners in by_file(bundle.models).items():
+        base = name.rpartition("/")[2]
+        named, model = _SIDECAR.fullmatch(base), owners[0].model
         stem = model.name.rpartition("/")[2].removesuffix(".onnx")
-        for name in by_file([model]):
-            base = name.rpartition("/")[2]
-            named = _SIDECAR.fullmatch(base)
-            if named and len(readers[name]) == 1 and not named["stem"].startswith(stem):
-                yield Problem(f"its data file is called {base!r}", file=model.name)
+        if named is None or named["stem"].startswith(stem):
+            continue
+        everybody = by_file([*bundle.models, *bundle.others])[name]
+        if all(each.model is model for each in everybody):
+            yield Problem(f"its data file is called {base!r}", file=model.name)
 
 
 def leftover(bundle: Bundle, options: Options) -> Iterator[Problem]:

@@ -21,21 +21,24 @@ _INT8, _FLOAT = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
 
 
 def slow_integers(model: Model, options: Options) -> Iterator[Problem]:
-    """Two int8 operands are multiplied, which is slower than float32.
+    """Integers are multiplied that no fast kernel takes: slower than float32.
 
     What it does:
         Finds MatMulInteger, QLinearMatMul and QLinearConv whose activation is int8 as well as
-        its weight.
+        its weight, and ConvInteger with an int8 weight.
 
     Why it is bad:
         onnxruntime has no fast kernel for it on x64 and in browsers: 5 to 9 times slower than
-        float32. uint8 activations with int8 weights are fast.
+        float32, convolutions 3 to 20 times. uint8 activations are fast with int8 weights in
+        products of matrices and in QLinearConv, and with uint8 weights in ConvInteger.
 
     Example:
-        Static quantization with `activation_type=QInt8` and `QuantFormat.QOperator`.
+        Static quantization with `activation_type=QInt8` and `QuantFormat.QOperator`;
+        `quantize_dynamic` with `weight_type=QInt8` of a model with convolutions.
 
     How to mend:
-        Quantize activations to uint8.
+        Quantize activations to uint8, and weights of ConvInteger too, as the pass
+        `dynamic-int8` does.
 
     Fix:
         None.
@@ -45,6 +48,9 @@ def slow_integers(model: Model, options: Options) -> Iterator[Problem]:
         for node in _nodes(model, op):
             if node.dtype(0) == node.dtype(index) == _INT8:
                 yield Problem(f"{op} of int8 and int8 is slower than float32", node.where)
+    for node in _nodes(model, "ConvInteger"):
+        if node.dtype(1) == _INT8:
+            yield Problem("ConvInteger of an int8 weight is slower than float32", node.where)
 
 
 def gemm_bias(model: Model, options: Options) -> Iterator[Problem]:
@@ -105,7 +111,7 @@ def unfused_scales(model: Model, options: Options) -> Iterator[Problem]:
 
     What it does:
         Finds MatMulInteger -> Cast -> Mul -> Mul where the first Mul takes the scale of the
-        activation and the second a constant.
+        activation and the second a constant. A weight on the left is never fused and in order.
 
     Why it is bad:
         onnxruntime fuses the product with what surrounds it only if both scales are multiplied
@@ -127,7 +133,8 @@ def unfused_scales(model: Model, options: Options) -> Iterator[Problem]:
         cast, scale = first.maker(0), first.maker(1)
         product = cast.maker(0) if cast is not None and cast.op == "Cast" else None
         dynamic = scale is not None and scale.op == "DynamicQuantizeLinear"
-        if product is not None and product.op == "MatMulInteger" and dynamic:
+        fusible = product is not None and product.op == "MatMulInteger"
+        if product is not None and fusible and product.constant(1) is not None and dynamic:
             text = f"multiplies {product.where} with one scale after the other"
             yield Problem(text, node.where)
 
@@ -165,6 +172,38 @@ def weight_dequantized(model: Model, options: Options) -> Iterator[Problem]:
             yield Problem(text, node.where)
 
 
+def wrong_products(model: Model, options: Options) -> Iterator[Problem]:
+    """Older runtimes multiply these integers wrongly on processors with AMX.
+
+    What it does:
+        Finds MatMulInteger and QLinearMatMul whose constant weight has a number of columns
+        with a rest of 17 to 31 by 32, where `min-ort` is below 1.25.
+
+    Why it is bad:
+        onnxruntime 1.21 to 1.24 gives garbage for 32 rows and more on Sapphire Rapids and
+        newer servers of Intel, without a word. Other processors and releases are right.
+
+    Example:
+        The output layer of a model with 50,257 or 51,865 tokens.
+
+    How to mend:
+        Leave that product float32 (`exclude`), add columns of zeros to the weight, or claim
+        1.25.
+
+    Fix:
+        None.
+    """
+    if not _below(options, "1.25"):
+        return
+    for op, index in {"MatMulInteger": 1, "QLinearMatMul": 3}.items():
+        for node in _nodes(model, op):
+            weight = node.constant(index)
+            columns = weight.shape[-1] if weight is not None and weight.shape else 0
+            if columns % 32 > 16:
+                text = f"{columns} columns are wrong in onnxruntime 1.21 to 1.24 with AMX"
+                yield Problem(text, node.where)
+
+
 def _nodes(model: Model, op: str) -> Iterator[Node]:
     return (node for node in model.nodes if node.op == op)
 
@@ -185,4 +224,5 @@ RULES = (
     Rule("OF458", "depthwise-integers", "warning", depthwise_integers),
     Rule("OF459", "unfused-scales", "warning", unfused_scales),
     Rule("OF460", "weight-dequantized", "warning", weight_dequantized),
+    Rule("OF461", "wrong-products", "warning", wrong_products),
 )

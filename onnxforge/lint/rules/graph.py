@@ -27,8 +27,9 @@ def unsorted(model: Model, options: Options) -> Iterator[Problem]:
         the node that runs the body.
 
     Why it is bad:
-        ONNX wants nodes sorted. onnxruntime sorts them itself, others read from first to last
-        and fail; the checker refuses the model.
+        ONNX wants nodes sorted. onnxruntime sorts those of the main graph itself and refuses
+        bodies and functions that are not; others read from first to last and fail; the
+        checker refuses the model.
 
     Example:
         onnxruntime's float16 converter puts its Cast nodes at the end of the graph.

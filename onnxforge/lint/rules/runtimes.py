@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnxforge.errors import ModelError
 from onnxforge.lint.finding import Problem, Rule
-from onnxforge.lint.rules.versions import lack
+from onnxforge.lint.rules.operators import lack
 from onnxforge.runtime.ceilings import ceiling
 from onnxforge.runtime.kernels import Provider, kernels_of, releases
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxforge.lint.config import Options
     from onnxforge.lint.model import Model
     from onnxforge.lint.view import Node
+    from onnxforge.runtime.support import Support
 
 __all__ = ["RULES"]
 
@@ -84,11 +85,11 @@ def _problems(model: Model, options: Options, kinds: Sequence[str]) -> Iterator[
     if options.browser:
         providers["web"] = None
     found: dict[tuple[str, str], dict[Provider, list[str]]] = {}
-    for provider in providers:
-        for release, kind, where, text in _reasons(model, options.min_ort, provider):
-            if kind in kinds:
-                names = found.setdefault((where, text), {}).setdefault(provider, [])
-                names.append(release)
+    for support in _answers(model, options.min_ort, tuple(providers)):
+        for reason in support.reasons:
+            if reason.kind in kinds:
+                lacking = found.setdefault((reason.node, reason.text), {})
+                lacking.setdefault(support.provider, []).append(support.version)
     told = {node.where for node in model.nodes if _is_told(node, options)}
     for (where, text), lacking in found.items():
         places = " and ".join(
@@ -106,15 +107,15 @@ def _is_told(node: Node, options: Options) -> bool:
     return domain not in options.allow
 
 
-@functools.lru_cache(maxsize=4)  # two rules ask the same
-def _reasons(
-    model: Model, oldest: str | None, provider: Provider
-) -> list[tuple[str, str, str, str]]:
-    """Release, kind, place and text of each reason that a release has."""
+@functools.lru_cache(maxsize=1)  # two rules ask the same
+def _answers(
+    model: Model, oldest: str | None, providers: tuple[Provider, ...]
+) -> list[Support]:
+    """What each release makes of a model, but those that lack its operator set."""
     from onnx_ir import serde
 
     from onnxforge.cycles import refuse_cycles
-    from onnxforge.runtime.support import supported
+    from onnxforge.runtime.support import Question
 
     known = releases()
     first = None if oldest is None else ceiling(oldest).release
@@ -123,15 +124,11 @@ def _reasons(
         with warnings.catch_warnings(action="ignore"):
             graph = serde.deserialize_model(model.proto)
         refuse_cycles(graph)
-        found = supported(graph, asked, provider)
+        question = Question(graph)
+        found = [question.answer(each, place) for place in providers for each in asked]
     except (serde.SerdeError, ModelError, ValueError, TypeError, KeyError):
         return []  # what is wrong with such a graph other rules tell
-    return [
-        (support.version, reason.kind, reason.node, reason.text)
-        for support in found
-        if all(reason.kind != "opset" for reason in support.reasons)  # what that lacks follows
-        for reason in support.reasons
-    ]
+    return [each for each in found if all(reason.kind != "opset" for reason in each.reasons)]
 
 
 def _span(names: Sequence[str]) -> str:

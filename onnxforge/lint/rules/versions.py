@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import TYPE_CHECKING
-
-import onnx
 
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.runtime.ceilings import ceiling
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
     from onnxforge.lint.model import Model
     from onnxforge.lint.view import Graph, Node
 
-__all__ = ["RULES", "lack"]
+__all__ = ["RULES"]
 
 _STANDARD = ("", "ai.onnx")
 
@@ -79,8 +76,8 @@ def unused_import(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    for graph in _owners(model):
-        used = {node.proto.domain for each in _family(model, graph) for node in each.nodes}
+    for graph in model.owners:
+        used = {node.proto.domain for each in model.within(graph) for node in each.nodes}
         if not graph.is_function:  # the main graph imports for functions as well
             used |= {function.domain for function in model.proto.functions}
         unused = sorted(graph.imports.keys() - used - {*_STANDARD})
@@ -108,8 +105,8 @@ def missing_import(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    for graph in _owners(model):
-        nodes = [node for each in _family(model, graph) for node in each.nodes]
+    for graph in model.owners:
+        nodes = [node for each in model.within(graph) for node in each.nodes]
         counts = Counter("" if n.proto.domain == "ai.onnx" else n.proto.domain for n in nodes)
         for domain in counts.keys() - graph.imports.keys():
             nodes_are = "node is" if counts[domain] == 1 else "nodes are"
@@ -168,109 +165,11 @@ def opset_too_new(model: Model, options: Options) -> Iterator[Problem]:
     if options.min_ort is None:
         return
     limit = ceiling(options.min_ort)
-    for graph in _owners(model):
+    for graph in model.owners:
         version = graph.imports.get("", 0)
         if version > limit.max_opset:
             text = f"imports ai.onnx {version}, onnxruntime {limit.release} loads at most"
             yield Problem(f"{text} {limit.max_opset}", _name(graph))
-
-
-def unknown_operator(model: Model, options: Options) -> Iterator[Problem]:
-    """ai.onnx has no such operator at the imported version, or has it no more.
-
-    What it does:
-        Looks every operator of ai.onnx up in the tables of the onnx package.
-
-    Why it is bad:
-        No runtime has to run it, and the checker refuses the model. Some runtimes do run it,
-        which hides the fault until the model meets another one.
-
-    Example:
-        A tool rewrites Erf and its neighbours to Gelu, which opset 20 brought, and leaves the
-        import at 17.
-
-    How to mend:
-        Import the version that has the operator, if all others mean the same there.
-
-    Fix:
-        None.
-    """
-    newest = onnx.defs.onnx_opset_version()
-    local = {
-        function.name for function in model.proto.functions if function.domain in _STANDARD
-    }
-    for node in model.nodes:
-        version, op_type = node.graph.imports.get("", 0), node.proto.op_type
-        standard = node.proto.domain in _STANDARD and op_type not in local
-        if standard and 0 < version <= newest and (reason := lack(op_type, version)):
-            yield Problem(reason, node.where)
-
-
-def recursive_function(model: Model, options: Options) -> Iterator[Problem]:
-    """A function calls itself.
-
-    What it does:
-        Follows the calls from function to function, in bodies too.
-
-    Why it is bad:
-        Runtimes put the body of a function in the place of its call: they refuse the model,
-        or do not come to an end.
-
-    Example:
-        A tool gives a function the name of the operator that it is made of.
-
-    How to mend:
-        Give the function a name, or a domain, of its own.
-
-    Fix:
-        None.
-    """
-    known = {
-        (f.domain, f.name): _calls(model, graph)
-        for f, graph in zip(model.proto.functions, list(_owners(model))[1:], strict=True)
-    }
-    for start in known:
-        seen: set[tuple[str, str]] = set()
-        waiting = [*known[start]]
-        while waiting:
-            call = waiting.pop()
-            if call in known and call not in seen:
-                seen.add(call)
-                waiting += known[call]
-        if start in seen:
-            yield Problem("calls itself", "::".join(start))
-
-
-def _calls(model: Model, owner: Graph) -> set[tuple[str, str]]:
-    nodes = (node for graph in _family(model, owner) for node in graph.nodes)
-    return {(node.proto.domain, node.proto.op_type) for node in nodes}
-
-
-@functools.cache
-def lack(op_type: str, version: int) -> str:
-    """Why ai.onnx has no operator at a version, empty if it has."""
-    if not onnx.defs.has(op_type):
-        return f"ai.onnx has no operator {op_type!r}"
-    try:
-        schema = onnx.defs.get_schema(op_type, version, "")
-    except onnx.defs.SchemaError:
-        return f"ai.onnx has {op_type} at a later version than {version} only"
-    return f"ai.onnx {version} has {op_type} no more" if schema.deprecated else ""
-
-
-def _owners(model: Model) -> Iterator[Graph]:
-    """The main graph and the functions: what has imports of its own."""
-    return (graph for graph in model.graphs if graph.parent is None)
-
-
-def _family(model: Model, owner: Graph) -> Iterator[Graph]:
-    """A main graph or function and the bodies in it."""
-    for graph in model.graphs:
-        root = graph
-        while root.parent is not None:
-            root = root.parent
-        if root is owner:
-            yield graph
 
 
 def _name(graph: Graph) -> str:
@@ -283,6 +182,4 @@ RULES = (
     Rule("OF403", "missing-import", "error", missing_import),
     Rule("OF404", "ir-too-new", "error", ir_too_new),
     Rule("OF405", "opset-too-new", "error", opset_too_new),
-    Rule("OF406", "unknown-operator", "error", unknown_operator),
-    Rule("OF407", "recursive-function", "error", recursive_function),
 )
