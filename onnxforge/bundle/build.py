@@ -144,7 +144,7 @@ class _Build:
         found = list(extras(self.plan))
         for extra in found:
             name = str(extra.path)
-            with self.trying(name):
+            with self.trying(f"shared file {name}"):
                 if put_extra(self.plan, extra, force=self.force):
                     self.done(name)
         for name in self.state.extras.keys() - {str(extra.path) for extra in found}:

@@ -71,7 +71,9 @@ def read_recipe(path: Path) -> Recipe:
         browser=_browser(meant, tiers),
         graphs=graphs,
         tiers=tiers,
-        extras=tuple(_extra(each) for each in table.tables("files", "source")),
+        extras=tuple(
+            extra for each in table.tables("files", "source") for extra in _extras(each)
+        ),
     )
     table.table("lint")  # what `onnxforge lint` reads from the same file
     table.close()
@@ -271,14 +273,22 @@ def _browser(table: Table, tiers: Mapping[str, Tier]) -> tuple[str, ...]:
     return names
 
 
-def _extra(table: Table) -> Extra:
+def _extras(table: Table) -> list[Extra]:
+    """A file, or all files of a folder but for hidden ones."""
     source = table.file("source")
     if source is None:
         table.fail("lacks the key 'source'")
     path = _place(table, "path", table.text("path", source.name))
     link = table.flag("link", False)
     table.close()
-    return Extra(source, path, link)
+    if not source.is_dir():
+        return [Extra(source, path, link)]
+    below = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
+    names = [name for name in below if not any(part.startswith(".") for part in name.parts)]
+    if not names:
+        table.fail(f"{source} is a folder without files", "source")
+    places = [_place(table, "source", (path / name).as_posix()) for name in names]
+    return [Extra(source / n, place, link) for n, place in zip(names, places, strict=True)]
 
 
 def _refuse_collisions(recipe: Recipe, table: Table) -> None:
@@ -293,9 +303,9 @@ def _refuse_collisions(recipe: Recipe, table: Table) -> None:
     inside = table.table("tiers")
     for tier in recipe.tiers.values():
         _take_tier(inside, taken, recipe, tier)
-    for number, extra in enumerate(recipe.extras):
-        inside = table.tables("files", "source")[number]
-        _take(inside, None, taken, extra.path, str(extra.source.name))
+    for each in table.tables("files", "source"):
+        for extra in _extras(each):
+            _take(each, None, taken, extra.path, extra.source.name)
 
 
 def _take_tier(

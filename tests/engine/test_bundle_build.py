@@ -485,8 +485,8 @@ def test_files_of_others_are_not_replaced(recipe: Path, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     refused = made(recipe).errors
-    assert "notes.txt: is not of this recipe; --force" in refused["notes.txt"]
-    assert refused.keys() == {"fp16w", "notes.txt"}
+    assert "notes.txt: is not of this recipe; --force" in refused["shared file notes.txt"]
+    assert refused.keys() == {"fp16w", "shared file notes.txt"}
     assert not (tmp_path / "out/fp16w/two.onnx").exists(), "half a tier is no tier"
     assert (tmp_path / "out/fp16w/one.onnx").read_text() == "mine"
     outcome = made(recipe, force=True)
@@ -609,6 +609,26 @@ def test_extra_files_are_linked_or_copied(recipe: Path, tmp_path: Path) -> None:
     made(recipe)
     assert (tmp_path / "out/notes.txt").read_text() == "new\n"
     check_documents(tmp_path)
+
+
+def test_a_folder_is_shared_file_by_file(tmp_path: Path) -> None:
+    for name in ("a.txt", "deep/b.npy", ".hidden", "deep/.c/d"):
+        (tmp_path / "shared" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shared" / name).write_text(name)
+    folder = '{source="shared/", path="test/fixtures"}'
+    recipe = laid_out(tmp_path, BARE.replace('"notes.txt"', f'"notes.txt", {folder}'))
+    assert not made(recipe).errors
+    shared = tmp_path / "out/test/fixtures"
+    assert {*contents(shared)} == {"a.txt", "deep/b.npy"}
+    check_documents(tmp_path)
+    assert "test/fixtures/deep/b.npy" in document(tmp_path, "metadata.json")["files"]
+    (tmp_path / "shared/deep/b.npy").unlink()
+    assert made(recipe).removed == ["test/fixtures/deep/b.npy"]
+    assert not (shared / "deep").exists()
+    shutil.rmtree(tmp_path / "shared")
+    (tmp_path / "shared").mkdir()
+    with pytest.raises(SpecError, match=r":4: files\.1\.source: .*shared is a folder without"):
+        made(recipe)
 
 
 def test_one_failure_does_not_stop_the_rest(recipe: Path, tmp_path: Path) -> None:

@@ -252,9 +252,8 @@ def test_a_state_that_is_lost_harms_nothing(recipe: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_put_stops_nothing_else(tmp_path: Path) -> None:
     recipe = laid_out(tmp_path)
     (tmp_path / "notes.txt").unlink()
-    (tmp_path / "notes.txt").mkdir()
-    outcome = made(recipe)
-    assert outcome.errors == {"notes.txt": f"{tmp_path / 'notes.txt'}: Is a directory"}
+    said = f"{tmp_path / 'notes.txt'}: No such file or directory"
+    assert made(recipe).errors == {"shared file notes.txt": said}
     check(tmp_path)
 
 

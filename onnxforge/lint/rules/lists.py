@@ -126,7 +126,7 @@ def unlisted_file(bundle: Bundle, options: Options) -> Iterator[Problem]:
 
     What it does:
         Compares the files that are there with those that the list names. Hidden files are
-        nobody's.
+        nobody's, and README.md in the folder itself is written by people.
 
     Why it is bad:
         It is published and nobody can check it; mostly it is there by accident.
@@ -143,7 +143,7 @@ def unlisted_file(bundle: Bundle, options: Options) -> Iterator[Problem]:
     listed = {entry.name for entry in _entries(bundle) if entry.listed == MANIFEST}
     if listed:
         for name in bundle.files.names:
-            if name not in listed and name != MANIFEST:
+            if name not in listed and name not in (MANIFEST, "README.md"):
                 yield Problem(f"is not in {MANIFEST}", file=name)
 
 
