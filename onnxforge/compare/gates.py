@@ -91,7 +91,8 @@ def _result(gate: Gate, name: str, output: OutputEvidence | None) -> GateResult:
     elif _holds(gate, value):
         return GateResult(str(gate), name, True, value, sample_name)
     else:
-        reason = f"{value:g} is beyond {gate.limit:g}"
+        most = "most" if gate.metric.startswith("max") else "least"
+        reason = f"{value:g}, wanted at {most} {gate.limit:g}"
     return GateResult(str(gate), name, False, value, sample_name, reason)
 
 

@@ -87,7 +87,7 @@ def test_many_good_samples_hide_no_bad_one() -> None:
     assert not passes(Gate("max-argmax-rate", 0.009), *many, SWAPPED)
     (result,) = evaluate([Gate("min-sqnr", 10)], [measured(*many, SWAPPED)], ["y"])
     assert result.sample == "s100"
-    assert result.reason == f"{result.value:g} is beyond 10"
+    assert result.reason == f"{result.value:g}, wanted at least 10"
 
 
 @pytest.mark.parametrize("metric", ["max-abs", "min-sqnr", "min-cosine", "max-argmax-rate"])
