@@ -6,10 +6,11 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from onnxforge.lint.rules import FAMILIES, RULES
+from onnxforge.options import defaults
 from onnxforge.registry import entries, pass_class
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ def of_pass(name: str) -> str:
     ]
     parts.append(first)
     if "Attributes" in sections:
-        parts += ["## Options", "\n".join(options(sections["Attributes"]))]
+        parts += ["## Options", "\n".join(options(sections["Attributes"], defaults(cls)))]
     if "Example" in sections:
         example = textwrap.dedent(sections["Example"]).strip("\n")
         parts += ["## Example", f"```\n{example}\n```"]
@@ -60,12 +61,14 @@ def of_pass(name: str) -> str:
     return page(*parts)
 
 
-def options(body: str) -> Iterator[str]:
-    """The options of a pass as a list."""
+def options(body: str, given: Mapping[str, str | None]) -> Iterator[str]:
+    """The options of a pass as a list, with what they are where they are not given."""
     for part in re.split(r"^(?=\w+:)", textwrap.dedent(body), flags=re.MULTILINE):
         if part.strip():
             name, _, meaning = part.partition(":")
-            yield f"* `{name}`: {' '.join(meaning.split())}"
+            text = given[name]
+            default = "has to be given" if text is None else f"default `{text}`"
+            yield f"* `{name}` ({default}): {' '.join(meaning.split())}"
 
 
 def index_of_passes(names: list[str]) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", bound=DataclassInstance)
 
-__all__ = ["ByteSize", "coerced", "did_you_mean", "from_spec", "to_spec"]
+__all__ = ["ByteSize", "coerced", "defaults", "did_you_mean", "from_spec", "to_spec"]
 
 _UNITS: Final = {
     "GiB": 1 << 30,
@@ -131,6 +131,20 @@ def to_spec(instance: DataclassInstance, full: bool = False) -> PassSpec:
         if full or _required(field) or value != _default(field)
     ]
     return PassSpec(Word(typing.cast("Any", instance).name), tuple(options))
+
+
+def defaults(cls: type[DataclassInstance]) -> dict[str, str | None]:
+    """What each option is where it is not given, as a pipeline says it; None if it must be."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: None
+        if _required(field)
+        else str(
+            OptionSpec(Word(field.name), _write(hints[field.name], _default(field)))
+        ).partition("=")[2]
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
 
 
 def coerced(instance: DataclassInstance) -> dict[str, Any]:

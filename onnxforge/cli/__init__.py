@@ -36,9 +36,10 @@ _LONGEST, _END = 2000, 500  # characters of a message, and of its end
 _EXAMPLES = """\b
 Examples:
   onnxforge run --passes 'fp16w,assert-pure' in.onnx out.onnx
-  onnxforge list
+  onnxforge compare in.onnx out.onnx --random 4
   onnxforge explain fp16w
-  onnxforge inspect in.onnx
+  onnxforge build
+  onnxforge lint .
 """
 
 

@@ -45,7 +45,7 @@ def build(
     max_memory: str | None,
     style: str,
 ) -> None:
-    """Make the bundle that RECIPE describes, as far as it is missing or out of date.
+    """Make the bundle of RECIPE: what is missing or out of date.
 
     RECIPE is onnxforge.toml, or a pyproject.toml with a table [tool.onnxforge.bundle]. What
     does not keep to its gates is not put into its place, and the exit code is 1.

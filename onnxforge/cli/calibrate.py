@@ -55,10 +55,10 @@ def calibrate(
     rows: int,
     setup: Setup,
 ) -> None:
-    """Run MODEL on samples and write statistics of what its products multiply.
+    """Run MODEL on samples and write statistics for smoothquant.
 
-    Ranges by channel, a histogram, and rows chosen by a hash: those of two runs merge to those
-    of one over both; a sample that comes twice counts once. What is there so far is written
+    Of what each product multiplies: ranges by channel, a histogram, and rows chosen by a hash.
+    Those of two runs merge to those of one over both; a sample that comes twice counts once. What is there so far is written
     every half a minute, for --resume.
     """
     from onnxforge.calibrate import Options

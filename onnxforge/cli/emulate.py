@@ -40,9 +40,9 @@ def emulate(
     setup: Setup,
     style: str,
 ) -> None:
-    """Write the float32 model that rounds as the tier of SOURCE does, and runs anywhere.
+    """Write a float32 model that rounds as a half-precision tier.
 
-    Without --passes SOURCE is the tier. With samples, values that the half type does not hold
+    It runs anywhere. The tier is what --passes make of SOURCE; without them SOURCE is the tier. With samples, values that the half type does not hold
     are named, and the option that keeps them float32.
     """
     from onnxforge.compare.samples import samples as drawn

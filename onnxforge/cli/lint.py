@@ -38,7 +38,9 @@ def _words(
 @click.option("--provider", multiple=True, callback=_words, help="One that has to run all.")
 @click.option("--browser", is_flag=True, default=None, help="Browsers have to load all.")
 @click.option("--derived", is_flag=True, default=None, help="Replay tiers from fp32.")
-@click.option("--hash/--no-hash", "hash_", default=None, help="Whether to read whole files.")
+@click.option(
+    "--hash/--no-hash", "hash_", default=None, help="Also read whole files; default: hash."
+)
 @click.option("--fix", "mends", is_flag=True, help="Mend what changes no result.")
 @click.option("--config", type=PATH, help="Instead of onnxforge.toml or pyproject.toml.")
 @click.option("--baseline", type=PATH, callback=writable, help="Findings that are known.")

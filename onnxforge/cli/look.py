@@ -50,6 +50,7 @@ def explain(topic: str) -> None:
     import inspect
 
     from onnxforge.lint.rules import RULES
+    from onnxforge.options import defaults
 
     for rule in RULES:
         if topic in (rule.name, rule.name.replace("-", "_")) or topic.upper() == rule.code:
@@ -68,6 +69,10 @@ def explain(topic: str) -> None:
         return
     cls = pass_class(topic)
     click.echo(f"{cls.name} ({cls.effect.value})\n\n{inspect.getdoc(cls)}")
+    if given := defaults(cls):
+        click.echo("\nDefaults:")
+        for option, text in given.items():
+            click.echo(f"    {option}: {'has to be given' if text is None else text}")
     if cls.codes:
         click.echo("\nFindings:")
         for code, text in sorted(cls.codes.items()):
@@ -79,7 +84,10 @@ def explain(topic: str) -> None:
 @click.option("--layout", "mapped", is_flag=True, help="Map each data file byte by byte.")
 @FORMAT
 def inspect_model(model: str, mapped: bool, style: str) -> None:
-    """Show what a model is, also one behind an http address: operators, weights, files."""
+    """Show what a model is made of: operators, weights, files.
+
+    MODEL may be an http address.
+    """
     from onnxforge import inspection, layout, report
     from onnxforge.storage.remote import is_address
 

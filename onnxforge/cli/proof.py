@@ -97,7 +97,7 @@ def compare(
     style: str,
     output: Path | None,
 ) -> None:
-    """Run two models on the same samples and say how far apart they are.
+    """Run two models on the same samples and say how they differ.
 
     --text REF.jsonl HYP.jsonl compares transcripts, {"id": ..., "text": ...} in each line.
     Exit code 1 names the gates that did not hold.
@@ -179,9 +179,9 @@ def _show(
 def verify(
     parent: Path, child: Path, passes: str | None, stats: tuple[Path, ...], style: str
 ) -> None:
-    """Replay on PARENT what CHILD says it is made by, and compare; writes nothing.
+    """Replay on PARENT how CHILD was made, and compare the bytes.
 
-    Exit code 1 names what differs.
+    Nothing is written. Exit code 1 names what differs.
     """
     from onnxforge.replay import verify as verified
 

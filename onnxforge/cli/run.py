@@ -73,7 +73,7 @@ def run(
     max_memory: str | None,
     verbose: bool,
 ) -> None:
-    """Run passes on IN and write OUT, or on many files with --out-dir."""
+    """Run passes on IN and write OUT, or on many with --out-dir."""
     from onnxforge.jobs import refuse_report
     from onnxforge.manager import PassManager
     from onnxforge.registry import parse
@@ -172,9 +172,15 @@ def _told(group: Sequence[Job], passes: str, runs: list[dict[str, Any]]) -> Iter
             runs.append(_record(source, None, done, 0.0) | {"error": str(error)})
         raise
     except Exception as error:
-        sources = [str(source) for source, _ in group]
-        command = shlex.join(["onnxforge", "run", "--passes", passes, *sources])
-        error.add_note(f"this is a bug; reproduce it with: {command} --dry-run")
+        words = ["onnxforge", "run", "--passes", passes, *(str(source) for source, _ in group)]
+        target = group[0][1]
+        if target is None:
+            words.append("--dry-run")
+        elif len(group) > 1:
+            words += ["--share", "--out-dir", str(target.parent)]
+        else:  # what passes compute is computed while it is written
+            words.append(str(target))
+        error.add_note(f"this is a bug; reproduce it with: {shlex.join(words)}")
         raise
 
 

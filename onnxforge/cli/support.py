@@ -49,7 +49,7 @@ def support(
     timeout: float | None,
     style: str,
 ) -> None:
-    """Say which releases of onnxruntime load MODEL, and why others do not.
+    """Say which releases of onnxruntime load MODEL, or why not.
 
     It is told from tables of what each release has; nothing is run but with --try. Exit code
     1 says that one of the releases does not load it, or that it is not known.

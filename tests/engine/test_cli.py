@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxforge import cli, model_io
+from onnxforge import cli, model_io, testing
 from onnxforge.core import Result
 from onnxforge.manager import PassManager
 from onnxforge.passes.fp16w import WeightsFp16CastPass
@@ -579,10 +579,18 @@ def test_a_bug_keeps_its_type_and_carries_the_command_that_shows_it(
     done = forge("run", "--passes", pipeline, source, "o.onnx")
     assert done.code == 2
     *_, error, remark = done.err.splitlines()
-    command = f"onnxforge run --passes '{pipeline}' '{source}' --dry-run"
+    command = f"onnxforge run --passes '{pipeline}' '{source}'"
     assert error == "ZeroDivisionError: unforeseen"
-    assert remark == f"this is a bug; reproduce it with: {command}"
+    assert remark == f"this is a bug; reproduce it with: {command} o.onnx"
     assert not Path("o.onnx").exists()
+    Path("d").mkdir()
+    words = "run", "--passes", pipeline, source
+    for more, said in (
+        (("--dry-run",), "--dry-run"),
+        (("--out-dir", "d"), f"d/{source}'"),
+        ((testing.models()[0], "--share", "--out-dir", "d"), "--share --out-dir d"),
+    ):
+        assert forge(*words, *more).err.rstrip().endswith(said)
 
 
 def test_a_bug_shows_its_traceback_in_a_process_of_its_own(folder: Path) -> None:
@@ -597,7 +605,7 @@ def test_a_bug_shows_its_traceback_in_a_process_of_its_own(folder: Path) -> None
     assert done.stderr.startswith("Traceback")
     lines = done.stderr.splitlines()
     assert "ZeroDivisionError: unforeseen" in lines
-    assert lines[-1].endswith("onnxforge run --passes fp16w nameless.onnx --dry-run")
+    assert lines[-1].endswith("onnxforge run --passes fp16w nameless.onnx o.onnx")
 
 
 # list, explain, inspect, help.
@@ -627,6 +635,8 @@ def test_a_pass_is_explained_with_options_example_and_codes(forge: Command) -> N
     for field in dataclasses.fields(WeightsFp16CastPass):
         assert f"\n    {field.name}: " in done.out
     assert "onnxforge run --passes 'fp16w" in done.out
+    assert "\nDefaults:\n    min_bytes: 1KiB\n    include: ()\n" in done.out
+    assert "\n    max: has to be given\n" in forge("explain", "set-ir").out
     for code, meaning in WeightsFp16CastPass.codes.items():
         assert f"\n    {code}: {meaning}\n" in done.out
 
@@ -769,6 +779,13 @@ def test_help_is_a_result(forge: Command, words: list[str]) -> None:
     done = forge(*words)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("Usage: onnxforge")
+
+
+def test_no_summary_of_a_command_is_cut_short(forge: Command) -> None:
+    _, _, commands = forge("--help").out.partition("Commands:\n")
+    rows = commands.partition("\n\n")[0].splitlines()
+    assert len(rows) >= 11
+    assert all(row.endswith(".") and not row.endswith("...") for row in rows)
 
 
 def test_the_version_is_that_of_the_package(forge: Command) -> None:

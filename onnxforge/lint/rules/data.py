@@ -293,8 +293,8 @@ def orphaned_bytes(bundle: Bundle, options: Options) -> Iterator[Problem]:
         `525,336,576 of 1,050,673,152 bytes belong to no weight`
 
     How to mend:
-        Write the model again: `onnxforge run --passes '' model.onnx out.onnx`;
-        `onnxforge inspect --layout model.onnx` shows what is where.
+        Write the model again: `onnxforge run --passes 'shard{single=true}' in.onnx out.onnx`;
+        `onnxforge inspect --layout in.onnx` shows what is where.
 
     Fix:
         Safe if one model owns the file and it is named after it: the model is written again.

@@ -177,8 +177,8 @@ def data_name(bundle: Bundle, options: Options) -> Iterator[Problem]:
         `encoder_int8.onnx` reads `model.onnx_data`.
 
     How to mend:
-        Write the model again: `onnxforge run --passes '' in.onnx out.onnx` names the data
-        after it.
+        Write the model again: `onnxforge run --passes 'shard{single=true}' in.onnx out.onnx`
+        names the data after it.
 
     Fix:
         None.
