@@ -84,8 +84,12 @@ def parse(text: str, *, third_party: bool = True) -> tuple[Pass, ...]:
         OnnxforgeError: A third party's pass cannot be imported, or is no pass.
     """
     passes = spec.parse(text).passes
-    known = {k: v for k, v in entries().items() if third_party or v.point is None}
+    known = entries()
     found = [_entry(one.name, known, text) for one in passes]
+    for one, entry in zip(passes, found, strict=True):
+        if entry.point is not None and not third_party:
+            message = f"{one.name.text!r} is of {entry.distribution}: give --passes to run it"
+            raise SpecError(message, text, one.name.start, one.name.end)
     classes = [_load(entry) for entry in found]
     return tuple(from_spec(cls, one, text) for cls, one in zip(classes, passes, strict=True))
 

@@ -1,4 +1,4 @@
-"""The pages that are made from docstrings are as they would be made now."""
+"""The pages say what is so: made from docstrings as they are, with commands that exist."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def refused(words: list[str]) -> str:
-    """What a command that a page shows says of its options and its pipeline, if it is wrong."""
+    """What is wrong with the options or the pipeline of a command that a page shows."""
     group = cli._cli
     command = group.commands.get(words[0])
     if command is None:

@@ -106,6 +106,20 @@ def test_a_third_partys_pass_is_listed_explained_and_run(
     assert "round-bits: modified\n    2 weights treated" in said[3]
 
 
+def test_a_recorded_pass_of_a_third_party_is_run_when_it_is_asked_for(
+    installed: dict[str, str], tmp_path: Path
+) -> None:
+    parent, tier = str(testing.models()[0]), str(tmp_path / "out.onnx")
+    given = "--passes", "round-bits"
+    commands = [["run", *given, parent, tier], ["verify", *given, parent, tier]]
+    assert "derived: " in run(installed, "-c", EACH, json.dumps(commands))
+    code = "from onnxforge.cli import main; main()"
+    words = [sys.executable, "-c", code, "verify", parent, tier]
+    done = subprocess.run(words, env=installed, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'round-bits' is of acme-passes 0.1.0: give --passes to run it" in done.stderr
+
+
 def test_a_third_partys_pass_passes_its_own_tests(installed: dict[str, str]) -> None:
     words = "-p", "no:cacheprovider", "-c", PACKAGE / "pyproject.toml", "--rootdir", PACKAGE
     said = run(installed, "-m", "pytest", "-q", *words, PACKAGE / "tests")

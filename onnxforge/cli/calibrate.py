@@ -58,8 +58,8 @@ def calibrate(
     """Run MODEL on samples and write statistics for smoothquant.
 
     Of what each product multiplies: ranges by channel, a histogram, and rows chosen by a hash.
-    Those of two runs merge to those of one over both; a sample that comes twice counts once. What is there so far is written
-    every half a minute, for --resume.
+    Those of two runs merge to those of one over both; a sample that comes twice counts once.
+    What is there so far is written every half a minute, for --resume.
     """
     from onnxforge.calibrate import Options
     from onnxforge.calibrate import calibrate as calibrated

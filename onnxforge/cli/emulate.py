@@ -42,8 +42,9 @@ def emulate(
 ) -> None:
     """Write a float32 model that rounds as a half-precision tier.
 
-    It runs anywhere. The tier is what --passes make of SOURCE; without them SOURCE is the tier. With samples, values that the half type does not hold
-    are named, and the option that keeps them float32.
+    It runs anywhere. The tier is what --passes make of SOURCE; without them it is SOURCE. With
+    samples, values that the half type does not hold are named, and the option that keeps them
+    float32.
     """
     from onnxforge.compare.samples import samples as drawn
     from onnxforge.emulation import emulate as emulated

@@ -120,7 +120,7 @@ def test_only_built_in_passes_are_run_for_a_model(
     known = dict(registry.entries())
     fake = registry.Entry("third-party", "evil:Pass", point=object())  # type: ignore[arg-type]
     monkeypatch.setattr(registry, "entries", lambda: known | {"third-party": fake})
-    with pytest.raises(SpecError, match="there is no pass 'third-party'"):
+    with pytest.raises(SpecError, match="'third-party' is of None: give --passes"):
         verify(parent, child)
 
 
