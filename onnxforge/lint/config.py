@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from onnxforge.errors import OnnxforgeError, SpecError
 from onnxforge.lint.finding import Level
+from onnxforge.options import did_you_mean
 from onnxforge.runtime.ceilings import ceiling
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Options:
         known = list(rules)
         for word in sorted(words):
             if not any(rule.matches([word]) for rule in known):
-                raise SpecError(f"there is no rule {word!r}")
+                names = [name for rule in known for name in (rule.name, rule.code)]
+                raise SpecError(f"there is no rule {word!r}{did_you_mean(word, names)}")
 
 
 def matches(path: str, pattern: str) -> bool:
