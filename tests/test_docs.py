@@ -80,8 +80,10 @@ def refused(words: list[str]) -> str:
     command = group.commands.get(words[0])
     if command is None:
         return f"no command {words[0]}"
+    above = click.Context(group, **group.context_settings)
     try:
-        options, _, _ = command.make_parser(click.Context(command)).parse_args(words[1:])
+        parser = command.make_parser(click.Context(command, above))
+        options, _, _ = parser.parse_args(words[1:])
         passes = options.get("passes")
         if passes is not None and "round-bits" not in passes:  # a pass of others
             registry.parse(re.sub(r"stats=[^ }]+", "stats=x", passes))
