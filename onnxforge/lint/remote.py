@@ -95,10 +95,8 @@ def _hub(url: str) -> HttpFiles | None:
     if match is None:
         return None
     repository, revision, below = match[1], match[2] or "main", (match[3] or "").strip("/")
-    server = Server(f"{hub}/{repository}/resolve/{revision}/" + (f"{below}/" if below else ""))
-    tree = f"{hub}/api/models/{repository}/tree/{revision}" + (
-        f"/{quote(below)}" * bool(below)
-    )
+    server = Server(f"{hub}/{repository}/resolve/{revision}/" + (below and f"{below}/"))
+    tree = f"{hub}/api/models/{repository}/tree/{revision}" + (below and f"/{quote(below)}")
     content = server.get(f"{tree}?recursive=true")
     if content is None:
         raise OnnxforgeError(f"{url}: no such repository")
@@ -108,8 +106,9 @@ def _hub(url: str) -> HttpFiles | None:
     except (TypeError, KeyError, ValueError, OverflowError):
         raise OnnxforgeError(f"{tree}: is no list of files") from None
     start = len(below) + 1 if below else 0
-    names = {path[start:]: size for path, size in paths.items() if not path.startswith(".")}
-    return HttpFiles(server, names, complete=len(found) < _PAGE)
+    names = {path[start:]: size for path, size in paths.items()}
+    seen = {name: size for name, size in names.items() if "/." not in f"/{name}"}
+    return HttpFiles(server, seen, complete=len(found) < _PAGE)
 
 
 def _listed(server: Server) -> HttpFiles:

@@ -27,7 +27,6 @@ from onnxforge.lint.engine import lint as looked
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import HEADINGS
 from onnxforge.lint.fixing import fix
-from onnxforge.lint.model import Model
 from onnxforge.lint.render import FORMATS
 from onnxforge.lint.rules import FAMILIES, RULES
 from support import faultless
@@ -114,11 +113,8 @@ def test_tiers_may_be_endings_of_names(root: Path, tmp_path: Path, pattern: str)
         proto = onnx.load(root / tier / f"{graph}.onnx")
         (flat / f"{name}.onnx").write_bytes(proto.SerializeToString())
     shutil.copy(root / "LICENSE", flat)
-    found = Bundle(
-        LocalFiles(flat),
-        [Model(LocalFiles(flat), p.name) for p in sorted(flat.glob("*.onnx"))],
-        whole=True,
-    )
+    names = sorted(path.name for path in flat.glob("*.onnx"))
+    found = Bundle(LocalFiles(flat), names, whole=True)
     assert {tier: len(graphs) for tier, graphs in found.tiers.items()} == {
         "": 3,
         "fp16w": 3,
@@ -148,8 +144,7 @@ def test_metadata_tell_the_tiers_whatever_the_layout(tmp_path: Path) -> None:
     names = [graph["model"] for tier in tiers.values() for graph in tier["graphs"].values()]
     for name in (*names, "mel.onnx"):
         (tmp_path / name).touch()
-    files = LocalFiles(tmp_path)
-    found = Bundle(files, [Model(files, name) for name in (*names, "mel.onnx")], whole=True)
+    found = Bundle(LocalFiles(tmp_path), (*names, "mel.onnx"), whole=True)
     seen = {
         tier: {n: m.name for n, m in graphs.items()} for tier, graphs in found.tiers.items()
     }
@@ -522,6 +517,22 @@ def test_weights_are_not_read_for_headers(root: Path, monkeypatch: pytest.Monkey
     assert rules(root, hash=False) == []
     assert not [name for name in opened if name.endswith("_data")]
     assert all(opened.count(name) <= 2 for name in opened)
+
+
+def test_findings_of_one_rule_are_in_order(tmp_path: Path) -> None:
+    domains = [f"domain{i}" for i in range(9)]
+    nodes = [helper.make_node("F", ["x"], [each], domain=each) for each in domains]
+    ports = [[faultless.value(name, [2])] for name in ("x", "domain0")]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(faultless.model(nodes, *ports).SerializeToString())
+    found = lint([path], Options(select=("missing-import",))).findings
+    assert [finding.message.split()[0] for finding in found] == domains
+
+
+def test_a_line_of_a_list_is_told_by_its_number(root: Path) -> None:
+    (root / "int8.sha256").write_text("\n\nno hash\n")
+    (finding,) = lint([root], Options(select=("manifest-malformed",))).findings
+    assert finding.message == "line 3 is no line of sha256sum"
 
 
 def test_old_and_odd_models_are_read(tmp_path: Path) -> None:
