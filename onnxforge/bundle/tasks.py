@@ -178,15 +178,15 @@ def _looked_at(path: Path, others: Iterable[Path] = ()) -> dict[str, Any]:
     """What a model is, and the hashes of its files by their place beside it."""
     from onnxforge.model_io import files, load
 
-    folder = path.parent.resolve()
-    data = sorted(_place(file, folder) for file in files(load(path, editable=False)))
-    data.remove(path.name)
+    model, folder = load(path, editable=False), path.parent.resolve()
+    _, *beside = files(model)  # the first is the model itself
+    data = sorted(_place(file, folder) for file in beside)
     names = sorted({path.name, *data, *(file.name for file in others)})
     return {
         "model": path.name,
         "data": data,
         "files": {name: hashed(folder / name) for name in names},
-        **described(path),
+        **described(model),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -41,6 +42,9 @@ pipeline = "smoothquant{stats=@calibration min_bytes=0}"
 graphs.two.pipeline = "int8w"
 """
 FLAT = 'layout = "{graph}_{tier}.onnx"\n'
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
 
 
 def models(folder: Path) -> list[str]:
@@ -113,6 +117,19 @@ def test_a_source_in_its_place_is_looked_at(in_place: Path, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / ".onnxforge")
     made(in_place, only=["fp32"], announce=said.append)
     assert "fp32/one: is in its place" in said
+
+
+@posix
+def test_a_source_in_its_place_may_be_a_link(in_place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "fp32/one.onnx"
+    source.rename(tmp_path / "fp32/latest.onnx")
+    source.symlink_to("latest.onnx")
+    pairs.saved(tmp_path / "fp32/latest.onnx", pairs.model("logits = Neg(made)"))
+    assert not made(in_place).errors
+    assert made(in_place, Inline(left=0)).made == []
+    told = json.loads((tmp_path / "metadata.json").read_text())
+    graph = told["tiers"]["fp32"]["graphs"]["one"]
+    assert (graph["model"], graph["data"]) == ("fp32/one.onnx", [])
 
 
 @pytest.mark.parametrize("weights", ["shared", "inline", "sidecar"])
