@@ -29,13 +29,6 @@ _SHAPES = frozenset(
         "Resize", "Slice", "Split", "SplitToSequence", "Squeeze", "Tile", "TopK", "Unsqueeze",
     }
 )  # fmt: skip
-_FIELDS = {
-    "float_data": 1,
-    "int32_data": 1,
-    "int64_data": 1,
-    "double_data": 1,
-    "uint64_data": 1,
-}
 
 
 def unreadable(model: Model, options: Options) -> Iterator[Problem]:
@@ -343,12 +336,9 @@ def overlapping_data(model: Model, options: Options) -> Iterator[Problem]:
     """
     for owners in by_file([model]).values():
         placed = [each for each in owners if each.offset is not None and each.tensor.nbytes]
-        placed.sort(key=lambda each: (each.offset or 0, each.stop))
         last: Held | None = None
-        for each in placed:
-            apart = last is None or (each.offset or 0) >= last.stop
-            same = last and (each.offset, each.stop) == (last.offset, last.stop)
-            if last is not None and not apart and not same:
+        for each in sorted(placed, key=lambda each: each.range):
+            if last and each.range != last.range and each.range[0] < last.stop:
                 yield Problem(f"shares bytes with {last.tensor.where}", each.tensor.where)
             last = each if last is None or each.stop > last.stop else last
 
