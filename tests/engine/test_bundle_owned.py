@@ -387,6 +387,16 @@ def test_shared_data_have_their_place(tmp_path: Path) -> None:
         made(laid_out(tmp_path, text.replace('"notes.txt"', place)))
 
 
+def test_shared_data_are_missed_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
+    recipe = laid_out(tmp_path, text)
+    made(recipe)
+    (tmp_path / "out/fp16w/shared.onnx_data").unlink()
+    made(recipe, announce=said.append)
+    assert "fp16w/*: shared.onnx_data is missing or changed" in said
+
+
 def test_shared_data_are_counted_once(tmp_path: Path) -> None:
     said: list[str] = []
     text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
