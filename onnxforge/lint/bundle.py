@@ -24,6 +24,7 @@ __all__ = [
     "Claims",
     "is_reduced",
     "is_tier",
+    "named_files",
     "told_graphs",
 ]
 
@@ -151,6 +152,14 @@ def told_graphs(said: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The graphs that metadata in the form of onnxforge tell of, and where they do."""
     for tier, name, graph in _told(said):
         yield f"tiers.{tier}.graphs.{name}", graph
+
+
+def named_files(said: Any) -> Iterator[str]:
+    """Models, data and shared files that metadata in the form of onnxforge name."""
+    for _, graph in told_graphs(said):
+        yield from _words([graph.get("model")])
+        yield from _words(graph.get("data"))
+    yield from _words(_dict(said).get("files"))
 
 
 def _told(said: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:

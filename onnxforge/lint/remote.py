@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import MANIFEST, METADATA, told_graphs
+from onnxforge.lint.bundle import MANIFEST, METADATA, named_files
 from onnxforge.lint.files import Files, is_path
 from onnxforge.storage.remote import Ranges, Server, split_address
 
@@ -126,23 +126,12 @@ def _listed(server: Server) -> HttpFiles:
             " models"
         )
     said = _json(metadata, server.address(METADATA))
-    return HttpFiles(server, _sizes(server, [METADATA, *_named(said)]))
+    return HttpFiles(server, _sizes(server, [METADATA, *named_files(said)]))
 
 
-def _named(said: Any) -> Iterator[str]:
-    """Files that metadata in the form of onnxforge names."""
-    for _, graph in told_graphs(said):
-        model, data = graph.get("model"), graph.get("data")
-        yield from [model] if isinstance(model, str) else []
-        yield from data if isinstance(data, list) else []
-    shared = said.get("files") if isinstance(said, dict) else None
-    yield from shared if isinstance(shared, list) else []
-
-
-def _sizes(server: Server, names: Iterable[object]) -> dict[str, int]:
+def _sizes(server: Server, names: Iterable[str]) -> dict[str, int]:
     """What of some files is there, with the sizes that the server tells."""
-    good = (name for name in names if isinstance(name, str) and is_path(name))
-    asked = list(dict.fromkeys(good))
+    asked = list(dict.fromkeys(filter(is_path, names)))
     with ThreadPoolExecutor(_ASKED) as pool:
         sizes = zip(asked, pool.map(server.size, asked), strict=True)
         return {name: size for name, size in sizes if size is not None}

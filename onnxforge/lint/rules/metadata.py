@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.errors import ModelError
-from onnxforge.lint.bundle import METADATA, told_graphs
+from onnxforge.lint.bundle import METADATA, named_files, told_graphs
 from onnxforge.lint.files import is_path
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.held import by_file
@@ -222,17 +222,8 @@ def named_file_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """
     if not bundle.whole:
         return
-    said = bundle.said
-    names: dict[str, None] = {}
-    for _, graph in told_graphs(bundle.said):
-        data = graph.get("data")
-        words = [graph.get("model"), *(data if isinstance(data, list) else [])]
-        names |= {word: None for word in words if isinstance(word, str)}
-    shared = said.get("files")
-    words = shared if isinstance(shared, list) else []
-    names |= {word: None for word in words if isinstance(word, str)}
     told = by_file(bundle.models)  # what models name themselves is told of those
-    for name in names:
+    for name in dict.fromkeys(named_files(bundle.said)):
         if not is_path(name):
             yield Problem(f"{name!r} is no path in the folder", file=METADATA)
         elif bundle.files.size(name) is None and name not in told:
