@@ -81,10 +81,10 @@ class _Run:
     def findings(self, active: Iterable[tuple[Rule, Level]]) -> Iterator[Finding]:
         """What rules find in the models, one after the other, and in the bundle as a whole."""
         rules = [(rule, level) for rule, level in active if self._may(rule)]
-        for model in self._bundle.models:
+        for model in (each for each in self._bundle.models if each.broken is None):
             options = _claimed(self._options, self._bundle.claims(model.tier))
             for rule, level in rules:
-                if rule.of == "model" and (model.broken is None or rule.code == "OF410"):
+                if rule.of == "model":
                     yield from self._told(rule, level, model, rule.check(model, options))
         for rule, level in rules:
             if rule.of == "bundle":

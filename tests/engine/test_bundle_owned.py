@@ -250,14 +250,6 @@ def test_the_bundle_of_another_recipe_is_left_alone(recipe: Path, tmp_path: Path
     assert not made(other, force=True).errors
 
 
-def test_half_a_tier_is_no_tier(tmp_path: Path) -> None:
-    (tmp_path / "out/fp16w").mkdir(parents=True)
-    (tmp_path / "out/fp16w/two.onnx").write_text("mine")
-    outcome = made(laid_out(tmp_path))
-    assert outcome.errors.keys() == {"fp16w"}
-    assert models(tmp_path) == ["fp16w/two.onnx", "fp32/one.onnx", "fp32/two.onnx"]
-
-
 def test_a_state_that_is_lost_harms_nothing(recipe: Path, tmp_path: Path) -> None:
     before = contents(tmp_path / "out")
     shutil.rmtree(tmp_path / ".onnxforge")

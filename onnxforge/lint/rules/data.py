@@ -31,7 +31,7 @@ _SHAPES = frozenset(
 )  # fmt: skip
 
 
-def unreadable(model: Model, options: Options) -> Iterator[Problem]:
+def unreadable(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """The file is no ONNX model, or it is damaged.
 
     What it does:
@@ -50,8 +50,9 @@ def unreadable(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    if model.broken is not None:
-        yield Problem(model.broken)
+    for model in bundle.models:
+        if model.broken is not None:
+            yield Problem(model.broken, file=model.name)
 
 
 def data_missing(model: Model, options: Options) -> Iterator[Problem]:
@@ -350,7 +351,7 @@ def _grouped(found: dict[str, list[Held]]) -> Iterator[Problem]:
 
 
 RULES = (
-    Rule("OF410", "unreadable", "error", unreadable),
+    Rule("OF410", "unreadable", "error", unreadable, of="bundle"),
     Rule("OF411", "data-missing", "error", data_missing),
     Rule("OF412", "location-leaves", "error", location_leaves),
     Rule("OF413", "bad-range", "error", bad_range),
