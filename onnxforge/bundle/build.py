@@ -103,28 +103,27 @@ def build(
     Raises:
         OnnxforgeError: Something that is read is missing.
     """
-    work = _Build(recipe, state, Queue(executor, max_memory, pulse), force, announce)
-    return work.run(units(recipe, only))
+    plan, queue = Plan(recipe, state), Queue(executor, max_memory, pulse)
+    return _Build(plan, units(recipe, only), queue, force, announce).run()
 
 
 class _Build:
     """One build."""
 
     def __init__(
-        self, recipe: Recipe, state: State, queue: Queue, force: bool, announce: Announce
+        self, plan: Plan, wanted: list[Unit], queue: Queue, force: bool, announce: Announce
     ) -> None:
-        self.recipe, self.state, self.queue = recipe, state, queue
+        self.plan, self.wanted, self.queue = plan, wanted, queue
         self.force, self.announce = force, announce
-        self.plan = Plan(recipe, state)
+        self.recipe, self.state = plan.recipe, plan.state
         self.outcome = Outcome()
         self.settled: dict[Unit, Stage] = {}
         self.begun: set[Unit] = set()
         self.calibrating: dict[str, set[Unit]] = {}
 
-    def run(self, wanted: list[Unit]) -> Outcome:
-        self.wanted = wanted
+    def run(self) -> Outcome:
         self.plan.owned.claim(DOCUMENTS, force=self.force)
-        for unit in wanted:
+        for unit in self.wanted:
             self.attempt(unit)
         for graph in self.recipe.graphs.values():
             self.preserve(graph)
@@ -327,9 +326,9 @@ class _Build:
         """Note how it ended; with the last unit of a tier, put the tier into its place."""
         self.settled[unit] = stage
         mine = [each for each in self.wanted if each.tier is unit.tier]
-        ends = [self.settled.get(each, "failed") for each in mine]
-        ready = [each for each in mine if self.settled.get(each) == "publish"]
-        if "failed" in ends or not ready:
+        ends = {each: self.settled.get(each) for each in mine}
+        ready = [each for each in mine if ends[each] == "publish"]
+        if not {"failed", None}.isdisjoint(ends.values()) or not ready:
             return
         with self.trying(unit.tier.name):
             for each in ready:
