@@ -123,8 +123,8 @@ class PassManager:
         "OF901": "The ONNX checker does not accept the input; runtimes may load it still.",
         "OF903": "The law of an approx pass is held node by node in tests, not on your model.",
         "OF902": "A file of the model that was replaced, of no use to the new one.",
-        "OF904": "Tensors lie partly in the same bytes of a data file. They still do in the"
-        " result; no pass converts them.",
+        "OF904": "Tensors lie partly in the same bytes of a data file. Those that no pass"
+        " converts still do in the result.",
     }
 
     def __init__(
