@@ -7,6 +7,9 @@ def test_my_pass_conforms(model, tmp_path):
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -239,31 +242,27 @@ twice (v) => (w) {
 """
 
 
-@cache
-def _folder() -> Path:
-    import atexit
-    import shutil
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="onnxforge-models-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def models() -> list[Path]:
     """A few small models with weights in the places where weights hide.
 
     In initializers, twice used; in a body of If, a Constant node and a function; in a data
     file. They are gone when the process ends; do not write beside them.
     """
-    folder = _folder()
-    paths = [folder / f"{name}.onnx" for name in ("plain", "hidden", "external")]
-    if not paths[0].exists():
-        words = ", ".join(f"{number / 7:.6f}" for number in range(1, 33))
-        for path, text in zip(paths, (_PLAIN, _HIDDEN.replace("WORDS", words)), strict=False):
-            save(from_proto(_filled(onnx.parser.parse_model(text))), path)
-        save(load(paths[0]), paths[2], layout="sidecar")
-    return paths
+    return [*_made()]
+
+
+@cache
+def _made() -> tuple[Path, ...]:
+    folder = Path(tempfile.mkdtemp(prefix="onnxforge-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    plain, hidden, external = (
+        folder / f"{name}.onnx" for name in ("plain", "hidden", "external")
+    )
+    words = ", ".join(f"{number / 7:.6f}" for number in range(1, 33))
+    for path, text in ((plain, _PLAIN), (hidden, _HIDDEN.replace("WORDS", words))):
+        save(from_proto(_filled(onnx.parser.parse_model(text))), path)
+    save(load(plain), external, layout="sidecar")
+    return plain, hidden, external
 
 
 def _filled(model: onnx.ModelProto) -> onnx.ModelProto:

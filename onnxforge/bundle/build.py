@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnxforge.bundle.documents import write_documents
 from onnxforge.bundle.extras import extras, is_preserved, is_put, put_extra, put_golden
 from onnxforge.bundle.jobs import Job, Queue
-from onnxforge.bundle.owned import places_of
+from onnxforge.bundle.owned import files_of, places_of
 from onnxforge.bundle.place import move_file, move_models
 from onnxforge.bundle.plan import Plan, Stage, Status
 from onnxforge.bundle.recipe import DOCUMENTS
@@ -103,28 +103,27 @@ def build(
     Raises:
         OnnxforgeError: Something that is read is missing.
     """
-    work = _Build(recipe, state, Queue(executor, max_memory, pulse), force, announce)
-    return work.run(units(recipe, only))
+    plan, queue = Plan(recipe, state), Queue(executor, max_memory, pulse)
+    return _Build(plan, units(recipe, only), queue, force, announce).run()
 
 
 class _Build:
     """One build."""
 
     def __init__(
-        self, recipe: Recipe, state: State, queue: Queue, force: bool, announce: Announce
+        self, plan: Plan, wanted: list[Unit], queue: Queue, force: bool, announce: Announce
     ) -> None:
-        self.recipe, self.state, self.queue = recipe, state, queue
+        self.plan, self.wanted, self.queue = plan, wanted, queue
         self.force, self.announce = force, announce
-        self.plan = Plan(recipe, state)
+        self.recipe, self.state = plan.recipe, plan.state
         self.outcome = Outcome()
         self.settled: dict[Unit, Stage] = {}
         self.begun: set[Unit] = set()
         self.calibrating: dict[str, set[Unit]] = {}
 
-    def run(self, wanted: list[Unit]) -> Outcome:
-        self.wanted = wanted
+    def run(self) -> Outcome:
         self.plan.owned.claim(DOCUMENTS, force=self.force)
-        for unit in wanted:
+        for unit in self.wanted:
             self.attempt(unit)
         for graph in self.recipe.graphs.values():
             self.preserve(graph)
@@ -182,7 +181,7 @@ class _Build:
             self.error(str(unit), error)
         self.settle(unit, "failed")
 
-    def fail(self, unit: Unit, reasons: Iterable[str]) -> None:
+    def fail(self, unit: Unit, reasons: Sequence[str]) -> None:
         self.outcome.failed.setdefault(str(unit), []).extend(reasons)
         for reason in reasons:
             self.announce(f"{unit}: refused, {reason}")
@@ -229,7 +228,7 @@ class _Build:
                 self.give_up(each, error)
 
         task = Calibrate(graph.source, graph.calibration, self.recipe.setup, path)
-        self.queue.add(Job(name, task, self.heavy(graph), then, failed))
+        self.queue.add(Job(task, self.heavy(graph), then, failed))
 
     def heavy(self, graph: Graph) -> int:
         """How much memory it takes to run a graph."""
@@ -253,7 +252,7 @@ class _Build:
                 graph.source, graph.parity, graph.golden, self.recipe.setup, folder
             )
             failed = partial(self.error, name)
-            self.queue.add(Job(name, task, self.heavy(graph), then, failed))
+            self.queue.add(Job(task, self.heavy(graph), then, failed))
 
     def make(self, unit: Unit, status: Status) -> None:
         if unit in self.begun:
@@ -268,7 +267,7 @@ class _Build:
             record = {"key": key, "graphs": dict(zip(unit.graphs, found, strict=True))}
             (self.state.published if in_place else self.state.staged)[str(unit)] = record
             folder = self.recipe.output / unit.folder if in_place else self.plan.staging(unit)
-            files = {name: file for each in found for name, file in each["files"].items()}
+            files = files_of(record)
             for name, file in files.items():
                 self.state.know(folder / name, file["sha256"])
             self.state.save()
@@ -276,10 +275,8 @@ class _Build:
             self.announce(f"{unit}: {'looked at' if in_place else 'made'}, {size:,} bytes")
             self.attempt(unit)
 
-        task: Any = Look(graphs[0].source)
-        if not in_place:
-            task = self.task_of(unit, graphs)
-        self.queue.add(Job(str(unit), task, _BASE, then, partial(self.give_up, unit)))
+        task = Look(graphs[0].source) if in_place else self.task_of(unit, graphs)
+        self.queue.add(Job(task, _BASE, then, partial(self.give_up, unit)))
 
     def task_of(self, unit: Unit, graphs: list[Graph]) -> Make:
         passes = [
@@ -297,9 +294,9 @@ class _Build:
 
     def judge(self, unit: Unit, status: Status) -> None:
         """Compare graphs of a unit with their sources."""
-        known = self.state.published if status.published else self.state.staged
-        place = self.recipe.output / unit.folder
-        folder = place if status.published else self.plan.staging(unit)
+        known, folder = self.state.staged, self.plan.staging(unit)
+        if status.published:
+            known, folder = self.state.published, self.recipe.output / unit.folder
         left = set(status.graphs)
 
         def then(name: str, key: str, result: dict[str, Any]) -> None:
@@ -322,17 +319,16 @@ class _Build:
                 graph.source, candidate, graph.parity, self.recipe.setup, variant.gates
             )
             follow = partial(then, name, self.plan.judge_key(unit, name))
-            title = f"parity of {unit.tier.name}/{name}"
             failed = partial(self.give_up, unit)
-            self.queue.add(Job(title, task, self.heavy(graph), follow, failed))
+            self.queue.add(Job(task, self.heavy(graph), follow, failed))
 
     def settle(self, unit: Unit, stage: Stage) -> None:
         """Note how it ended; with the last unit of a tier, put the tier into its place."""
         self.settled[unit] = stage
         mine = [each for each in self.wanted if each.tier is unit.tier]
-        ends = [self.settled.get(each, "failed") for each in mine]
-        ready = [each for each in mine if self.settled.get(each) == "publish"]
-        if "failed" in ends or not ready:
+        ends = {each: self.settled.get(each) for each in mine}
+        ready = [each for each in mine if ends[each] == "publish"]
+        if not {"failed", None}.isdisjoint(ends.values()) or not ready:
             return
         with self.trying(unit.tier.name):
             for each in ready:
@@ -348,8 +344,7 @@ class _Build:
         """Put a unit into its place."""
         record, staged = self.state.staged[str(unit)], self.plan.staging(unit)
         folder = self.recipe.output / unit.folder
-        graphs = record["graphs"].values()
-        files = {name: file for graph in graphs for name, file in graph["files"].items()}
+        graphs, files = record["graphs"].values(), files_of(record)
         models = [graph["model"] for graph in graphs]
         data = sorted({name for graph in graphs for name in graph["data"]})
         move_models(staged, folder, models, data)

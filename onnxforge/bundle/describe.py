@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from onnxforge.core import Fate
-from onnxforge.model_io import load
 from onnxforge.walk import scopes
 
 if TYPE_CHECKING:
@@ -23,13 +21,8 @@ __all__ = ["coverage", "described", "gates", "parity"]
 _DIGITS = 9
 
 
-def described(path: Path) -> dict[str, Any]:
-    """Versions, operators and interface of a model, as metadata have them.
-
-    Raises:
-        ModelError: The model cannot be read.
-    """
-    model = load(path, editable=False)
+def described(model: ir.Model) -> dict[str, Any]:
+    """Versions, operators and interface of a model, as metadata have them."""
     domains = {node.domain or "ai.onnx" for scope in scopes(model) for node in scope.graph}
     opsets = {domain or "ai.onnx": version for domain, version in model.opset_imports.items()}
     return {

@@ -28,14 +28,12 @@ class Job:
     """A piece of work, and what follows from it.
 
     Attributes:
-        name: What it is called in messages.
         task: What is run, perhaps in another process.
         memory: How many bytes it should take at most.
         then: Is told the result, in the process and thread of the queue.
         failed: Is told the error, likewise.
     """
 
-    name: str
     task: Callable[[Pulse], Any]
     memory: int
     then: Callable[[Any], None]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxforge.bundle.recipe import Recipe
     from onnxforge.bundle.state import State
 
-__all__ = ["Owned", "folder_of", "places_of"]
+__all__ = ["Owned", "files_of", "folder_of", "places_of"]
 
 
 def folder_of(record: Mapping[str, Any]) -> PurePosixPath:
@@ -27,12 +27,16 @@ def folder_of(record: Mapping[str, Any]) -> PurePosixPath:
     return PurePosixPath(record["key"]["layout"][1]).parent
 
 
+def files_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of each file of a unit, by its place in the folder of the unit."""
+    graphs = record["graphs"].values()
+    return {name: file for each in graphs for name, file in each["files"].items()}
+
+
 def places_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of each file of a unit, by its place in the bundle."""
-    folder, graphs = folder_of(record), record["graphs"].values()
-    return {
-        str(folder / name): file for each in graphs for name, file in each["files"].items()
-    }
+    """The same by its place in the bundle."""
+    folder = folder_of(record)
+    return {str(folder / name): file for name, file in files_of(record).items()}
 
 
 class Owned:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from onnxforge.readers import readers
 from onnxforge.skeleton import set_external
 from onnxforge.storage.leftovers import remove_abandoned
 from onnxforge.storage.publish import publish
+from onnxforge.storage.whole import copy_file
 from onnxforge.walk import proto_tensors
 
-__all__ = ["move_file", "move_models", "put"]
+__all__ = ["move_file", "move_models"]
 
 
 def move_models(
@@ -38,7 +38,7 @@ def move_models(
     def write_model(number: int, to: Path, names: Sequence[str]) -> None:
         source = staged / models[number]
         if list(names) == list(data):
-            put(source, to) if data else _move(source, to)
+            copy_file(source, to) if data else _move(source, to)
         else:
             _point(source, to, dict(zip(data, names, strict=True)))
 
@@ -62,14 +62,6 @@ def _point(source: Path, to: Path, names: Mapping[str, str]) -> None:
     to.write_bytes(proto.SerializeToString())
 
 
-def put(source: Path, to: Path) -> None:
-    """Copy a file to a new name, and make it last."""
-    shutil.copyfile(source, to)
-    to.chmod(0o644)
-    with to.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def move_file(source: Path, target: Path, *, link: bool = False, keep: bool = True) -> None:
     """Put a file into its place, whole.
 
@@ -86,12 +78,14 @@ def move_file(source: Path, target: Path, *, link: bool = False, keep: bool = Tr
     with from_system():
         target.parent.mkdir(parents=True, exist_ok=True)
         new.unlink(missing_ok=True)
-        if not keep:
-            _move(source, new)
-        elif not (link and _linked(source, new)):
-            put(source, new)
-        new.replace(target)
-        new.unlink(missing_ok=True)  # rename does nothing where both are names of one file
+        try:
+            if not keep:
+                _move(source, new)
+            elif not (link and _linked(source, new)):
+                copy_file(source, new)
+            new.replace(target)
+        finally:  # rename does nothing where both are names of one file
+            new.unlink(missing_ok=True)
 
 
 def _move(source: Path, to: Path) -> None:
@@ -100,7 +94,7 @@ def _move(source: Path, to: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        put(source, to)  # to another disk
+        copy_file(source, to)  # to another disk
 
 
 def _linked(source: Path, new: Path) -> bool:

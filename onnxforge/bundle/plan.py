@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxforge.bundle.owned import Owned
+from onnxforge.bundle.owned import Owned, files_of
 from onnxforge.bundle.recipe import CALIBRATION
 from onnxforge.bundle.state import fingerprint
 from onnxforge.errors import DataError
@@ -161,14 +161,6 @@ class Plan:
         assert found is not None
         return found
 
-    def uncalibrated(self, unit: Unit) -> list[Graph]:
-        """Graphs of a unit whose statistics it needs and nobody has."""
-        return [
-            graph
-            for graph, variant in self._each(unit)
-            if variant.is_calibrated and self.statistics(graph) is None
-        ]
-
     def _each(self, unit: Unit) -> list[tuple[Graph, Variant]]:
         return [(self.recipe.graphs[name], unit.tier.graphs[name]) for name in unit.graphs]
 
@@ -245,9 +237,13 @@ class Plan:
         Raises:
             OnnxforgeError: A source or a sample cannot be read.
         """
-        if waiting := self.uncalibrated(unit):
-            names = tuple(graph.name for graph in waiting)
-            return Status("calibrate", ("statistics are missing or out of date",), names)
+        waiting = tuple(
+            graph.name
+            for graph, variant in self._each(unit)
+            if variant.is_calibrated and self.statistics(graph) is None
+        )
+        if waiting:
+            return Status("calibrate", ("statistics are missing or out of date",), waiting)
         key = self.key(unit)
         published = self.state.published.get(str(unit))
         reasons = _changes(published, key)
@@ -288,8 +284,7 @@ class Plan:
         """Files of a unit that are not there, or not as they were."""
         return tuple(
             f"{name} is missing or changed"
-            for graph in record["graphs"].values()
-            for name, file in graph["files"].items()
+            for name, file in files_of(record).items()
             if not self.state.holds(folder / name, file["sha256"])
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -52,11 +52,15 @@ def read_recipe(path: Path) -> Recipe:
     """
     table = read(path, *(_IN_PYPROJECT if path.name == "pyproject.toml" else ()))
     name = _named(table, table.text("name"), "name")
-    graphs = {key: _graph(key, each) for key, each in _graphs(table)}
+    graphs = {key: _graph(key, each) for key, each in _named_in(table, "graphs", "source")}
     text = table.text("statistics", None)
     meant = table.table("targets")
     targets = _targets(meant)
-    tiers = {key: _tier(key, each, table, graphs, targets) for key, each in _tiers(table)}
+    tiers = {
+        key: _tier(key, each, table, graphs, targets)
+        for key, each in _named_in(table, "tiers", "pipeline")
+    }
+    extras = [(each, _extras(each)) for each in table.tables("files", "source")]
     recipe = Recipe(
         path=path,
         name=name,
@@ -71,29 +75,19 @@ def read_recipe(path: Path) -> Recipe:
         browser=_browser(meant, tiers),
         graphs=graphs,
         tiers=tiers,
-        extras=tuple(
-            extra for each in table.tables("files", "source") for extra in _extras(each)
-        ),
+        extras=tuple(extra for _, some in extras for extra in some),
     )
     table.table("lint")  # what `onnxforge lint` reads from the same file
     table.close()
-    _refuse_collisions(recipe, table)
+    _refuse_collisions(recipe, table, extras)
     return recipe
 
 
-def _graphs(table: Table) -> Iterator[tuple[str, Table]]:
-    inside = table.table("graphs")
+def _named_in(table: Table, kind: str, what: str) -> Iterator[tuple[str, Table]]:
+    """Graphs or tiers, of which there is to be one at least."""
+    inside = table.table(kind)
     if not inside.content:
-        table.fail("lacks graphs: [graphs.NAME] with a source for each")
-    for key, each in inside.entries():
-        _named(each, key)
-        yield key, each
-
-
-def _tiers(table: Table) -> Iterator[tuple[str, Table]]:
-    inside = table.table("tiers")
-    if not inside.content:
-        table.fail("lacks tiers: [tiers.NAME] with a pipeline for each")
+        table.fail(f"lacks {kind}: [{kind}.NAME] with a {what} for each")
     for key, each in inside.entries():
         _named(each, key)
         yield key, each
@@ -291,7 +285,9 @@ def _extras(table: Table) -> list[Extra]:
     return [Extra(source / n, place, link) for n, place in zip(names, places, strict=True)]
 
 
-def _refuse_collisions(recipe: Recipe, table: Table) -> None:
+def _refuse_collisions(
+    recipe: Recipe, table: Table, extras: Sequence[tuple[Table, Sequence[Extra]]]
+) -> None:
     """Refuse two files in one place, on file systems without upper and lower case as well."""
     itself = "the bundle itself"
     taken = {PurePosixPath(text.lower()): itself for text in (METADATA, MANIFEST, PARITY)}
@@ -303,8 +299,8 @@ def _refuse_collisions(recipe: Recipe, table: Table) -> None:
     inside = table.table("tiers")
     for tier in recipe.tiers.values():
         _take_tier(inside, taken, recipe, tier)
-    for each in table.tables("files", "source"):
-        for extra in _extras(each):
+    for each, some in extras:
+        for extra in some:
             _take(each, None, taken, extra.path, extra.source.name)
 
 

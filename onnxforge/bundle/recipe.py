@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
@@ -188,14 +188,7 @@ class Recipe:
     browser: tuple[str, ...]
     graphs: Mapping[str, Graph]
     tiers: Mapping[str, Tier]
-    extras: tuple[Extra, ...] = field(default=())
-
-    @property
-    def variants(self) -> Iterator[tuple[Tier, Graph, Variant]]:
-        """All graphs of all tiers."""
-        for tier in self.tiers.values():
-            for name, variant in tier.graphs.items():
-                yield tier, self.graphs[name], variant
+    extras: tuple[Extra, ...]
 
     def statistics_of(self, graph: Graph) -> PurePosixPath:
         """Where the statistics of a graph are published."""

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from onnxforge.bundle.describe import coverage, described, gates, parity
 from onnxforge.errors import CheckFailed, DataError, RuntimeFailed, about
-from onnxforge.storage.whole import digest
+from onnxforge.storage.whole import copy_file, digest
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -103,7 +103,7 @@ class Make:
     """Run passes on models that are written together.
 
     Attributes:
-        sources: The models.
+        sources: The models; one alone unless they share their data.
         passes: For each; statistics are named by their SHA-256.
         statistics: Files of these.
         names: What the results are called.
@@ -120,43 +120,46 @@ class Make:
 
     def __call__(self, pulse: Pulse = still) -> list[dict[str, Any]]:
         """Do it; gives for each model what metadata say of it, and of its files."""
-        from onnxforge.bundle.place import put
         from onnxforge.manager import PassManager
-        from onnxforge.model_io import files, load
-        from onnxforge.saving import save, save_shared
-
-        def progress(written: int, total: int) -> None:
-            pulse()
+        from onnxforge.model_io import load
+        from onnxforge.saving import save_shared
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        models: list[tuple[ir.Model, Path]] = []
-        reports = []
+        targets = [self.folder / name for name in self.names]
+        models, reports = [], []
         for source, passes in zip(self.sources, self.passes, strict=True):
             with about(source):
-                model = load(source)
+                models.append(load(source))
                 manager = PassManager(passes, statistics=self.statistics)
-                reports.append(manager.apply(model)[1])
-            models.append((model, self.folder / self.names[len(models)]))
+                reports.append(manager.apply(models[-1])[1])
+        pairs = list(zip(models, targets, strict=True))
         if self.weights == "shared":
-            save_shared(models, progress=progress)
-        for i, ((model, target), source) in enumerate(zip(models, self.sources, strict=True)):
-            if self.weights == "shared":
-                continue
-            if not self.passes[i] and self.weights == "keep" and len(files(model)) == 1:
-                put(source, target)  # byte by byte
-                continue
-            with about(source):
-                save(model, target, layout=self.weights, progress=progress)
-        others = set(self.folder.iterdir()) - {target for _, target in models}
+            save_shared(pairs, progress=lambda written, total: pulse())
+        else:
+            ((model, target),) = pairs
+            self._write(model, target, pulse)
+        others = set(self.folder.iterdir()) - {*targets}
         return [
             {
                 **_looked_at(target, others),
                 "pipeline": ",".join(str(step.spec(full=True)) for step in passes),
                 "coverage": coverage(report),
             }
-            for (_, target), report, passes in zip(models, reports, self.passes, strict=True)
+            for target, report, passes in zip(targets, reports, self.passes, strict=True)
         ]
+
+    def _write(self, model: ir.Model, target: Path, pulse: Pulse) -> None:
+        """Write a model that is alone; one that nothing is done to byte by byte."""
+        from onnxforge.model_io import files
+        from onnxforge.saving import save
+
+        (source,), (passes,) = self.sources, self.passes
+        if not passes and self.weights == "keep" and len(files(model)) == 1:
+            copy_file(source, target)
+            return
+        with about(source):
+            save(model, target, layout=self.weights, progress=lambda written, total: pulse())
 
 
 @dataclass(frozen=True)
@@ -178,15 +181,15 @@ def _looked_at(path: Path, others: Iterable[Path] = ()) -> dict[str, Any]:
     """What a model is, and the hashes of its files by their place beside it."""
     from onnxforge.model_io import files, load
 
-    folder = path.parent.resolve()
-    data = sorted(_place(file, folder) for file in files(load(path, editable=False)))
-    data.remove(path.name)
+    model, folder = load(path, editable=False), path.parent.resolve()
+    _, *beside = files(model)  # the first is the model itself
+    data = sorted(_place(file, folder) for file in beside)
     names = sorted({path.name, *data, *(file.name for file in others)})
     return {
         "model": path.name,
         "data": data,
         "files": {name: hashed(folder / name) for name in names},
-        **described(path),
+        **described(model),
     }
 
 

@@ -14,7 +14,6 @@ import click
 
 from onnxforge.cli.options import FORMAT, PATH
 from onnxforge.errors import CheckFailed, OnnxforgeError
-from onnxforge.interrupts import Interrupted
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
@@ -127,9 +126,8 @@ def _built(
                 pulse=pulse,
                 announce=lambda line: click.echo(printable(line), err=True),
             )
-        except Interrupted:
+        finally:
             stopped.set()
-            raise
 
 
 def _tell(outcome: Outcome, recipe: Recipe, style: str) -> None:

@@ -10,6 +10,7 @@ import click
 
 from onnxforge.cli.options import PATH, writable
 from onnxforge.errors import OnnxforgeError
+from onnxforge.storage.remote import is_address
 from onnxforge.storage.whole import write_text
 
 if TYPE_CHECKING:
@@ -94,9 +95,9 @@ def lint(
     files = [_report(text) for text in report]
     options = _options(paths, config, changes)
     found = _looked(paths, options, mends=mends)
-    if write_baseline and baseline is not None:
-        write_text(baseline, as_baseline(found, baseline))
     if baseline is not None:
+        if write_baseline:
+            write_text(baseline, as_baseline(found, baseline))
         found = without_known(found, baseline)
     click.echo(FORMATS[style](found))
     for name, path in files:
@@ -120,7 +121,7 @@ def _options(
 ) -> Options:
     from onnxforge.lint.config import configured, find
 
-    local = [Path(path) for path in paths if "://" not in path]
+    local = [Path(path) for path in paths if not is_address(path)]
     return configured(config or find(local), changes)
 
 
@@ -131,7 +132,7 @@ def _looked(paths: tuple[str, ...], options: Options, *, mends: bool) -> Report:
     report = looked(paths, options)
     if not mends or not any(finding.passes is not None for finding in report.findings):
         return report
-    if any("://" in path for path in paths):
+    if any(map(is_address, paths)):
         raise OnnxforgeError("--fix writes: not over http")
     from onnxforge.lint.fixing import fix
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxforge.errors import OnnxforgeError
+from onnxforge.storage.remote import is_address
 
 if TYPE_CHECKING:
     from onnxforge.lint.finding import Finding, Report
@@ -46,7 +47,7 @@ def without_known(report: Report, path: Path) -> Report:
 def _key(finding: Finding, baseline: Path) -> tuple[str, ...]:
     """What a finding is known by; paths are as seen from the baseline."""
     path = finding.path
-    if not path.startswith(("http://", "https://")):
+    if not is_address(path):
         path = Path(os.path.relpath(path, baseline.absolute().parent)).as_posix()
     return (path, *finding.key[1:])
 

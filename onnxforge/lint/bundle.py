@@ -13,7 +13,7 @@ from onnxforge.errors import ModelError
 from onnxforge.lint.model import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from onnxforge.lint.files import Files
 
@@ -22,9 +22,9 @@ __all__ = [
     "METADATA",
     "Bundle",
     "Claims",
-    "bundle",
     "is_reduced",
     "is_tier",
+    "named_files",
     "told_graphs",
 ]
 
@@ -32,6 +32,7 @@ MANIFEST, METADATA = "manifest.json", "metadata.json"
 
 _WORD = r"(?:sq-?|smoothquant-?|dynamic-?|static-?)?(?:fp32|fp16w?|bf16w?|u?int[48]w?)"
 _TIER = re.compile(rf"{_WORD}|q[48](?:f16)?|bnb4|quantized|browser", re.IGNORECASE)
+_SUMS = re.compile(r".+\.sha256|sha256sums?(?:\.txt)?", re.IGNORECASE)
 _FULL = ("", "fp32", "browser")
 
 
@@ -61,13 +62,13 @@ class Bundle:
             names of files.
     """
 
-    def __init__(self, files: Files, models: Sequence[Model], *, whole: bool) -> None:
-        """Sort the models into tiers."""
+    def __init__(self, files: Files, names: Iterable[str], *, whole: bool) -> None:
+        """Sort the models of some names into tiers."""
         self.files = files
-        self.models = models
+        self.models = [Model(files, name) for name in names]
         self.whole = whole
         told = {str(g.get("model")): (tier, name) for tier, name, g in _told(self.said)}
-        self.in_folders = _sort(models, told)
+        self.in_folders = _sort(self.models, told)
 
     @functools.cached_property
     def others(self) -> Sequence[Model]:
@@ -101,10 +102,19 @@ class Bundle:
         """What the bundle says of itself; None without it, text for what is wrong with it."""
         return self._json(METADATA)
 
+    @functools.cached_property
+    def sums(self) -> Mapping[str, Sequence[str]]:
+        """The lines of each list of SHA-256 that sha256sum reads, by its name."""
+        return {
+            name: self.files.read(name).decode(errors="replace").splitlines()
+            for name in (self.files.names if self.whole else ())
+            if _SUMS.fullmatch(name.rpartition("/")[2])
+        }
+
     @property
     def said(self) -> Mapping[str, Any]:
         """The same where it is in the form of onnxforge, else empty."""
-        found = self.metadata if self.whole else None
+        found = self.metadata
         if isinstance(found, dict) and found.get("schema") == 1 and "tiers" in found:
             return found
         return {}
@@ -138,15 +148,18 @@ def _words(found: Any) -> Sequence[str]:
     return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
 
-def bundle(files: Files, names: Sequence[str], *, whole: bool) -> Bundle:
-    """The models of some names as a bundle."""
-    return Bundle(files, [Model(files, name) for name in names], whole=whole)
-
-
 def told_graphs(said: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The graphs that metadata in the form of onnxforge tell of, and where they do."""
     for tier, name, graph in _told(said):
         yield f"tiers.{tier}.graphs.{name}", graph
+
+
+def named_files(said: Any) -> Iterator[str]:
+    """Models, data and shared files that metadata in the form of onnxforge name."""
+    for _, graph in told_graphs(said):
+        yield from _words([graph.get("model")])
+        yield from _words(graph.get("data"))
+    yield from _words(_dict(said).get("files"))
 
 
 def _told(said: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:

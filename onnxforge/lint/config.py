@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from onnxforge.errors import OnnxforgeError, SpecError
 from onnxforge.lint.finding import Level
@@ -46,7 +46,7 @@ class Options:
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     per_path: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    severity: Mapping[str, str] = field(default_factory=dict)
+    severity: Mapping[str, Level | Literal["off"]] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     min_ort: str | None = None
@@ -55,14 +55,13 @@ class Options:
     derived: bool = False
     hash: bool = True
 
-    def level(self, rule: Rule) -> str:
-        """How grave a rule is, ``off`` if it is left out."""
-        if self.select and not rule.matches(self.select):
-            return "off"
-        if rule.matches(self.ignore):
-            return "off"
+    def level(self, rule: Rule) -> Level | None:
+        """How grave a rule is, None if it is left out."""
+        if (self.select and not rule.matches(self.select)) or rule.matches(self.ignore):
+            return None
         given = [level for word, level in self.severity.items() if rule.matches([word])]
-        return given[-1] if given else rule.level
+        level = given[-1] if given else rule.level
+        return None if level == "off" else level
 
     def excludes(self, path: str) -> bool:
         """Whether a file is not looked at."""

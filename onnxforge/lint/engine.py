@@ -8,15 +8,16 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, get_args
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import MANIFEST, METADATA, Bundle, Claims, bundle, is_tier
+from onnxforge.lint.bundle import MANIFEST, METADATA, Bundle, Claims, is_tier
 from onnxforge.lint.config import Options
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import Finding, Level, Problem, Report, Rule
 from onnxforge.lint.rules import RULES
 from onnxforge.runtime.ceilings import OLDEST
+from onnxforge.runtime.kernels import number
 from onnxforge.storage.remote import is_address
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["lint"]
 
 _MODEL = ".onnx"
+_LEVELS: tuple[Level, ...] = get_args(Level)
 _RELEASE = re.compile(r"\d{1,4}\.\d{1,4}", re.ASCII)
 
 
@@ -41,8 +43,7 @@ def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None
     """
     options = options or Options()
     options.refuse_unknown(RULES)
-    levels = ((rule, options.level(rule)) for rule in RULES)
-    active = [(rule, cast("Level", level)) for rule, level in levels if level != "off"]
+    active = [(rule, level) for rule in RULES if (level := options.level(rule))]
     findings: list[Finding] = []
     notes: dict[str, None] = {}
     models: list[str] = []
@@ -60,17 +61,13 @@ def _claimed(options: Options, claims: Claims) -> Options:
     oldest = options.min_ort
     if oldest is None and (known := [r for r in claims.onnxruntime if _RELEASE.fullmatch(r)]):
         # of older ones than those in the tables nothing is known
-        oldest = max(min(known, key=_number), OLDEST, key=_number)
+        oldest = max(min(known, key=number), OLDEST, key=number)
     return replace(
         options,
         min_ort=oldest,
         providers=options.providers or tuple(claims.providers),
         browser=options.browser or claims.browser,
     )
-
-
-def _number(release: str) -> list[int]:
-    return [int(part) for part in release.split(".")]
 
 
 class _Run:
@@ -84,10 +81,10 @@ class _Run:
     def findings(self, active: Iterable[tuple[Rule, Level]]) -> Iterator[Finding]:
         """What rules find in the models, one after the other, and in the bundle as a whole."""
         rules = [(rule, level) for rule, level in active if self._may(rule)]
-        for model in self._bundle.models:
+        for model in (each for each in self._bundle.models if each.broken is None):
             options = _claimed(self._options, self._bundle.claims(model.tier))
             for rule, level in rules:
-                if rule.of == "model" and (model.broken is None or rule.code == "OF410"):
+                if rule.of == "model":
                     yield from self._told(rule, level, model, rule.check(model, options))
         for rule, level in rules:
             if rule.of == "bundle":
@@ -118,9 +115,6 @@ class _Run:
                 yield Finding(rule.code, rule.name, own, path, *text)
 
 
-_LEVELS: list[Any] = ["info", "warning", "error"]
-
-
 def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Iterator[Bundle]:
     """What paths mean: each folder a bundle, files of one folder together."""
     alone: dict[Path, list[str]] = defaultdict(list)
@@ -130,7 +124,7 @@ def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Itera
             from onnxforge.lint.remote import at_address
 
             files, names, whole = at_address(str(given))
-            yield bundle(files, names, whole=whole)
+            yield Bundle(files, names, whole=whole)
         elif path.is_dir():
             yield from _folder(path, options)
         elif path.exists():
@@ -138,7 +132,7 @@ def _bundles(paths: Iterable[str | os.PathLike[str]], options: Options) -> Itera
         else:
             raise OnnxforgeError(f"{path}: no such file or folder")
     for folder, names in alone.items():
-        yield bundle(LocalFiles(folder, deep=False), list(dict.fromkeys(names)), whole=False)
+        yield Bundle(LocalFiles(folder, deep=False), dict.fromkeys(names), whole=False)
 
 
 def _folder(path: Path, options: Options) -> Iterator[Bundle]:
@@ -154,7 +148,7 @@ def _folder(path: Path, options: Options) -> Iterator[Bundle]:
         raise OnnxforgeError(f"{path}: no model (*{_MODEL}) in it")
     for root, names in found.items():
         below = LocalFiles(path / root) if root else files
-        yield bundle(below, names, whole=True)
+        yield Bundle(below, names, whole=True)
 
 
 def _roots(models: Iterable[str], names: Container[str]) -> dict[str, str]:

@@ -48,7 +48,7 @@ class Rule:
         name: In words, joined by hyphens.
         level: How grave it is, if the configuration does not say otherwise.
         check: Finds problems in a model or in a bundle; its docstring explains the rule.
-        of: What it looks at.
+        of: What it looks at; a model that cannot be read is for rules of bundles alone.
         reads: Whether it reads weights or whole files; such rules are left out over http.
     """
 

@@ -16,6 +16,8 @@ from onnxforge.model_io import files, load
 from onnxforge.storage.whole import write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnxforge.lint.finding import Report
 
 __all__ = ["fix"]
@@ -77,8 +79,7 @@ class _Listed:
         self.folder = folder
         self._model = model
         self._name = model.relative_to(folder).as_posix()
-        self._names = self._files()
-        self._said = self._facts()
+        self._names, self._said = self._look()
 
     @classmethod
     def find(cls, model: Path) -> _Listed | None:
@@ -94,18 +95,14 @@ class _Listed:
                 return None
         return found
 
-    def _files(self) -> set[str]:
-        """The model and its data files, as the bundle names them."""
-        root = self.folder.resolve()
-        found = [file.resolve() for file in files(load(self._model, editable=False))]
+    def _look(self) -> tuple[set[str], dict[str, Any]]:
+        """The files of the model, as the bundle names them, and what metadata should say."""
+        model, root = load(self._model, editable=False), self.folder.resolve()
+        found = [file.resolve() for file in files(model)]
         inside = {file.relative_to(root).as_posix() for file in found if root in file.parents}
-        return {self._name, *inside}
-
-    def _facts(self) -> dict[str, Any]:
-        """What metadata.json should say of the model."""
-        names = self._files()
-        return {
-            **described(self._model),
+        names = {self._name, *inside}
+        return names, {
+            **described(model),
             "data": sorted(names - {self._name}),
             "bytes": sum((self.folder / name).stat().st_size for name in names),
         }
@@ -113,8 +110,9 @@ class _Listed:
     def renew(self) -> None:
         """Tell of the model as it is now."""
         manifest = _read(self.folder / MANIFEST)
-        listed, names = manifest["files"], self._files() | self._names
-        if self._tell_metadata() and METADATA in listed:
+        now, facts = self._look()
+        listed, names = manifest["files"], now | self._names
+        if self._tell_metadata(facts) and METADATA in listed:
             names.add(METADATA)
         md5 = "md5" in listed[self._name]
         for name in names:
@@ -124,9 +122,9 @@ class _Listed:
         manifest["files"] = dict(sorted(listed.items()))
         write_text(self.folder / MANIFEST, as_json(manifest))
 
-    def _tell_metadata(self) -> bool:
+    def _tell_metadata(self, now: Mapping[str, Any]) -> bool:
         """Write what changed of the model into metadata.json; whether something did."""
-        metadata, now, changed = _read(self.folder / METADATA), self._facts(), False
+        metadata, changed = _read(self.folder / METADATA), False
         for _, graph in told_graphs(metadata):
             if graph.get("model") == self._name:
                 true = {key: now[key] for key in now if graph.get(key) == self._said[key]}

@@ -45,9 +45,15 @@ class Held:
     faults: tuple[str, ...] = ()
 
     @property
+    def range(self) -> tuple[int, int]:
+        """Its first byte, and the one behind the last."""
+        start = self.offset or 0
+        return start, start + self.tensor.nbytes
+
+    @property
     def stop(self) -> int:
         """The byte behind the last."""
-        return (self.offset or 0) + self.tensor.nbytes
+        return self.range[1]
 
 
 def held(model: Model) -> list[Held]:
@@ -58,7 +64,7 @@ def held(model: Model) -> list[Held]:
 def _held(model: Model, tensor: Tensor) -> Held:
     entries = tensor.entries
     location = entries.get("location", "")
-    offset, length = _number(entries.get("offset", "0")), _number(entries.get("length"))
+    offset, length = _number(entries.get("offset", "0")), _number(entries.get("length", ""))
     numbers = {"offset": offset, "length": length}
     faults = tuple(
         f"{key} {entries[key]!r} is not a number of bytes"
@@ -68,9 +74,8 @@ def _held(model: Model, tensor: Tensor) -> Held:
     return Held(model, tensor, location, _place(model, location), offset, length, faults)
 
 
-def _number(text: str | None) -> int | None:
-    good = text is not None and text.isascii() and text.isdigit() and len(text) < 20
-    return int(text) if good and text is not None else None
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def _place(model: Model, location: str) -> str | None:
@@ -98,7 +103,7 @@ def holes(owners: Iterable[Held], size: int) -> list[tuple[int, int]]:
     """Ranges of a file that nobody owns."""
     found = []
     end = 0
-    for start, stop in sorted({(h.offset, h.stop) for h in owners if h.offset is not None}):
+    for start, stop in sorted({each.range for each in owners if each.offset is not None}):
         if start > end:
             found.append((end, start))
         end = max(end, stop)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from onnxforge.lint.files import Files
-    from onnxforge.lint.view import Graph, Node, Tensor
+    from onnxforge.lint.view import Call, Graph, Node, Tensor
 
 __all__ = ["Header", "Model"]
 
@@ -89,12 +89,12 @@ class Model:
         tier: The tier it is of, empty where nothing names one.
     """
 
-    def __init__(self, files: Files, name: str, stem: str = "", tier: str = "") -> None:
+    def __init__(self, files: Files, name: str) -> None:
         """Name the file; it is read when something of it is asked for."""
         self.files = files
         self.name = name
-        self.stem = stem or name.rpartition("/")[2].removesuffix(".onnx")
-        self.tier = tier
+        self.stem = name.rpartition("/")[2].removesuffix(".onnx")
+        self.tier = ""
 
     @functools.cached_property
     def _read(self) -> Header | str:
@@ -129,9 +129,10 @@ class Model:
         """The main graph and the functions: what has imports of its own."""
         return (graph for graph in self.graphs if graph.parent is None)
 
-    def within(self, owner: Graph) -> Iterator[Graph]:
-        """A main graph or function and the bodies in it."""
-        return (graph for graph in self.graphs if graph.root is owner)
+    @functools.cached_property
+    def functions(self) -> dict[Call, Graph]:
+        """The functions, by what calls them."""
+        return {graph.call: graph for graph in self.graphs if graph.call is not None}
 
     @property
     def nodes(self) -> Iterator[Node]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from onnxforge.errors import OnnxforgeError
-from onnxforge.lint.bundle import MANIFEST, METADATA, told_graphs
+from onnxforge.lint.bundle import MANIFEST, METADATA, named_files
 from onnxforge.lint.files import Files, is_path
 from onnxforge.storage.remote import Ranges, Server, split_address
 
@@ -95,10 +95,8 @@ def _hub(url: str) -> HttpFiles | None:
     if match is None:
         return None
     repository, revision, below = match[1], match[2] or "main", (match[3] or "").strip("/")
-    server = Server(f"{hub}/{repository}/resolve/{revision}/" + (f"{below}/" if below else ""))
-    tree = f"{hub}/api/models/{repository}/tree/{revision}" + (
-        f"/{quote(below)}" * bool(below)
-    )
+    server = Server(f"{hub}/{repository}/resolve/{revision}/" + (below and f"{below}/"))
+    tree = f"{hub}/api/models/{repository}/tree/{revision}" + (below and f"/{quote(below)}")
     content = server.get(f"{tree}?recursive=true")
     if content is None:
         raise OnnxforgeError(f"{url}: no such repository")
@@ -108,8 +106,9 @@ def _hub(url: str) -> HttpFiles | None:
     except (TypeError, KeyError, ValueError, OverflowError):
         raise OnnxforgeError(f"{tree}: is no list of files") from None
     start = len(below) + 1 if below else 0
-    names = {path[start:]: size for path, size in paths.items() if not path.startswith(".")}
-    return HttpFiles(server, names, complete=len(found) < _PAGE)
+    names = {path[start:]: size for path, size in paths.items()}
+    seen = {name: size for name, size in names.items() if "/." not in f"/{name}"}
+    return HttpFiles(server, seen, complete=len(found) < _PAGE)
 
 
 def _listed(server: Server) -> HttpFiles:
@@ -127,23 +126,12 @@ def _listed(server: Server) -> HttpFiles:
             " models"
         )
     said = _json(metadata, server.address(METADATA))
-    return HttpFiles(server, _sizes(server, [METADATA, *_named(said)]))
+    return HttpFiles(server, _sizes(server, [METADATA, *named_files(said)]))
 
 
-def _named(said: Any) -> Iterator[str]:
-    """Files that metadata in the form of onnxforge names."""
-    for _, graph in told_graphs(said):
-        model, data = graph.get("model"), graph.get("data")
-        yield from [model] if isinstance(model, str) else []
-        yield from data if isinstance(data, list) else []
-    shared = said.get("files") if isinstance(said, dict) else None
-    yield from shared if isinstance(shared, list) else []
-
-
-def _sizes(server: Server, names: Iterable[object]) -> dict[str, int]:
+def _sizes(server: Server, names: Iterable[str]) -> dict[str, int]:
     """What of some files is there, with the sizes that the server tells."""
-    good = (name for name in names if isinstance(name, str) and is_path(name))
-    asked = list(dict.fromkeys(good))
+    asked = list(dict.fromkeys(filter(is_path, names)))
     with ThreadPoolExecutor(_ASKED) as pool:
         sizes = zip(asked, pool.map(server.size, asked), strict=True)
         return {name: size for name, size in sizes if size is not None}

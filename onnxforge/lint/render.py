@@ -90,16 +90,16 @@ def _github(report: Report) -> str:
     for finding in report.findings:
         place = f"file={_property(finding.path)},title={finding.code} {finding.rule}"
         text = f"{finding.where}: {finding.message}" if finding.where else finding.message
-        lines.append(f"::{words[finding.level]} {place}::{_data(printable(text))}")
+        lines.append(f"::{words[finding.level]} {place}::{_data(text)}")
     return "\n".join([*lines, _summary(report)])
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return printable(text).replace("%", "%25")
 
 
 def _property(text: str) -> str:
-    return _data(printable(text)).replace(":", "%3A").replace(",", "%2C")
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def _junit(report: Report) -> str:
@@ -143,8 +143,8 @@ def _markdown(report: Report) -> str:
             where = _code(finding.where) if finding.where else ""
             row = (_code(finding.path), rule, where, _cell(finding.message))
             lines.append(f"| {' | '.join(row)} |")
-        if more := len(report.findings) - _ROWS:
-            lines += ["", f"{max(more, 0)} more are not shown."] if more > 0 else []
+        if (more := len(report.findings) - _ROWS) > 0:
+            lines += ["", f"{more} more are not shown."]
         rules = Counter((finding.code, finding.rule) for finding in report.findings)
         lines += ["", "`onnxforge explain CODE` tells what a rule means: "]
         lines[-1] += ", ".join(f"{code} ({count})" for (code, _), count in rules.items())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from onnxforge.lint.rules import RULES
+from onnxforge.storage.remote import is_address
 from onnxforge.text import printable
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _result(finding: Finding, number: dict[str, int]) -> dict[str, Any]:
 
 
 def _uri(path: str) -> str:
-    if path.startswith(("http://", "https://")):
+    if is_address(path):
         return path
     if Path(path).is_absolute():
         return Path(path).as_uri()

@@ -9,6 +9,8 @@ import onnx
 from onnxforge.lint.view import BITS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnxforge.lint.view import Tensor
 
 __all__ = ["fault"]
@@ -16,6 +18,13 @@ __all__ = ["fault"]
 _Type = onnx.TensorProto
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 _ANY = ("raw_data", "string_data", *_FIELDS)
+_FIELD: Mapping[int, str] = {
+    **dict.fromkeys((_Type.FLOAT, _Type.COMPLEX64), "float_data"),
+    **dict.fromkeys((_Type.DOUBLE, _Type.COMPLEX128), "double_data"),
+    **dict.fromkeys((_Type.UINT32, _Type.UINT64), "uint64_data"),
+    _Type.INT64: "int64_data",
+    _Type.STRING: "string_data",
+}  # by type, of the types whose values do not stand in int32_data
 # Types whose values stand in the fields of many values, by the number of the field.
 _LARGE = {4: (_Type.FLOAT, _Type.COMPLEX64), 10: (_Type.DOUBLE, _Type.COMPLEX128)}
 
@@ -41,7 +50,7 @@ def _misplaced(tensor: Tensor) -> str | None:
         if tensor.dtype == _Type.STRING:
             return "is text in a data file"
         return "has values in the model and in a data file" if filled else None
-    right = {onnx.helper.tensor_dtype_to_field(tensor.dtype)}
+    right = {_FIELD.get(tensor.dtype, "int32_data")}
     right |= {"raw_data"} if tensor.dtype != _Type.STRING else set()
     good = len(filled) <= 1 and filled <= right
     if tensor.payload is not None:

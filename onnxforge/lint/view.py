@@ -18,7 +18,7 @@ import onnx
 if TYPE_CHECKING:
     from onnxforge.storage.wire import Payload
 
-__all__ = ["BITS", "Graph", "Node", "Tensor", "graphs"]
+__all__ = ["BITS", "Call", "Graph", "Node", "Tensor", "graphs", "type_name"]
 
 _Type = onnx.TensorProto
 BITS: Mapping[int, int] = {
@@ -34,6 +34,9 @@ BITS: Mapping[int, int] = {
     26: 2,  # int2
 }
 """Size in bits of an element, by type; text and unknown types have none."""
+
+Call = tuple[str, str, str]
+"""Domain, name and overload of a function; the domain of ai.onnx is empty."""
 
 _SAME = frozenset(
     {
@@ -51,7 +54,6 @@ class Tensor:
         proto: As it is written.
         where: Its path.
         graph: The graph it is in.
-        node: The node whose attribute it is, None for an initializer.
         name: The value that has it, empty if it is none.
         payload: Where its bytes are in the model file, if they are many.
     """
@@ -59,7 +61,6 @@ class Tensor:
     proto: onnx.TensorProto
     where: str
     graph: Graph
-    node: Node | None = None
     name: str = ""
     payload: Payload | None = None
 
@@ -104,11 +105,20 @@ class Node:
         return self.graph.path + (self.proto.name or f"{self.proto.op_type}#{self.index}")
 
     @property
+    def domain(self) -> str:
+        """The domain of its operator; that of ai.onnx is empty."""
+        return _domain(self.proto.domain)
+
+    @property
     def op(self) -> str:
         """Its operator, with the domain if that is not ai.onnx."""
-        domain = self.proto.domain
         op_type = self.proto.op_type
-        return op_type if domain in ("", "ai.onnx") else f"{domain}::{op_type}"
+        return f"{self.domain}::{op_type}" if self.domain else op_type
+
+    @property
+    def call(self) -> Call:
+        """The function that it calls, if the model has it."""
+        return self.domain, self.proto.op_type, self.proto.overload
 
     @property
     def inputs(self) -> Sequence[str]:
@@ -145,10 +155,6 @@ class Node:
         """Type of the elements of an input, 0 where nothing tells."""
         return self.graph.dtype(self.input(index))
 
-    def readers(self, output: int = 0) -> Sequence[tuple[Node, int]]:
-        """Who reads an output, and at which input."""
-        return self.graph.readers.get(self.outputs[output], ())
-
 
 @dataclass(eq=False)
 class Graph:
@@ -157,11 +163,11 @@ class Graph:
     Attributes:
         path: Prefix of everything inside, as for `onnxforge.walk.Scope`.
         imports: Version of each operator set that holds here; ai.onnx is "".
-        inputs: Names of its inputs.
-        outputs: Names of its outputs.
+        proto: As it is written.
         parent: The graph around it, None for the main graph and for functions.
-        holder: The node that runs this body.
-        is_function: Whether it is the body of a function.
+        holder: The node that runs this body, None also for a default of a function.
+        call: How nodes call it, None unless it is a function.
+        inside: For the main graph or a function, itself and the bodies in it.
         nodes: In the order they are written.
         tensors: All that it holds, but for those in bodies.
         constants: Those that are values, by name.
@@ -175,12 +181,11 @@ class Graph:
 
     path: str
     imports: Mapping[str, int]
-    inputs: Sequence[str]
-    outputs: Sequence[str]
+    proto: onnx.GraphProto | onnx.FunctionProto
     parent: Graph | None = None
     holder: Node | None = None
-    is_function: bool = False
-    proto: onnx.GraphProto | onnx.FunctionProto = field(default_factory=onnx.GraphProto)
+    call: Call | None = None
+    inside: list[Graph] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -194,29 +199,41 @@ class Graph:
     types: dict[str, onnx.TypeProto] = field(default_factory=dict)
 
     @functools.cached_property
+    def inputs(self) -> Sequence[str]:
+        """Names of its inputs."""
+        return _names(self.proto.input)
+
+    @functools.cached_property
+    def outputs(self) -> Sequence[str]:
+        """Names of its outputs."""
+        return _names(self.proto.output)
+
+    @functools.cached_property
+    def _inputs(self) -> set[str]:
+        return set(self.inputs)
+
+    @functools.cached_property
     def root(self) -> Graph:
         """The main graph or the function that it is in, itself if it is one."""
         return self if self.parent is None else self.parent.root
 
-    def defines(self, name: str) -> bool:
-        """Whether a value is made here."""
-        return name in self.makers or name in self.constants or name in self._inputs
-
     def owner(self, name: str) -> Graph | None:
-        """The graph that makes a value which can be read here."""
-        graph: Graph | None = self
-        while graph is not None and not graph.defines(name):
+        """The graph that makes a value which can be read here; none makes one without name."""
+        graph = self if name else None
+        while graph is not None and not (
+            name in graph.makers or name in graph.constants or name in graph._inputs
+        ):
             graph = graph.parent
         return graph
 
     def maker(self, name: str) -> Node | None:
         """The node that makes a value which can be read here."""
-        owner = self.owner(name) if name else None
+        owner = self.owner(name)
         return owner.makers.get(name) if owner else None
 
     def constant(self, name: str) -> Tensor | None:
         """The tensor that a value is, None if a caller may replace it."""
-        owner = self.owner(name) if name else None
+        owner = self.owner(name)
         if owner is None or name in owner._inputs:
             return None
         return owner.constants.get(name)
@@ -224,7 +241,7 @@ class Graph:
     def dtype(self, name: str) -> int:
         """Type of the elements of a value, 0 where nothing tells."""
         for _ in range(100):  # chains of nodes that keep the type
-            owner = self.owner(name) if name else None
+            owner = self.owner(name)
             if owner is None:
                 return 0
             if name in owner.constants:
@@ -238,21 +255,6 @@ class Graph:
                 return _made(node, name)
             name = node.input(0)
         return 0
-
-    def rank(self, name: str) -> int | None:
-        """Number of axes of a value, None where nothing tells."""
-        owner = self.owner(name) if name else None
-        if owner is None:
-            return None
-        if name in owner.constants:
-            return len(owner.constants[name].shape)
-        found = owner.types.get(name)
-        has_shape = found is not None and found.tensor_type.HasField("shape")
-        return len(found.tensor_type.shape.dim) if found is not None and has_shape else None
-
-    def __post_init__(self) -> None:
-        """Index the names of inputs."""
-        self._inputs = set(self.inputs)
 
 
 def _made(node: Node, name: str) -> int:
@@ -278,15 +280,12 @@ def graphs(proto: onnx.ModelProto, payloads: Sequence[Payload], location: str) -
             `onnxforge.storage.wire.excise`.
     """
     reading = _Reading(payloads, location)
-    main = proto.graph
-    imports = _imports(proto.opset_import)
-    reading.add(Graph("", imports, _names(main.input), _names(main.output), proto=main))
+    reading.add(Graph("", _imports(proto.opset_import), proto.graph))
     for function in proto.functions:
         path = f"{function.domain}::{function.name}"
         path += f":{function.overload}/" if function.overload else "/"
-        imports = _imports(function.opset_import)
-        ports = list(function.input), list(function.output)
-        reading.add(Graph(path, imports, *ports, is_function=True, proto=function))
+        call = _domain(function.domain), function.name, function.overload
+        reading.add(Graph(path, _imports(function.opset_import), function, call=call))
     for graph in reading.found:
         _link(graph)
     return reading.found
@@ -295,14 +294,25 @@ def graphs(proto: onnx.ModelProto, payloads: Sequence[Payload], location: str) -
 def _imports(entries: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in entries:
-        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        domain = _domain(entry.domain)
         if entry.version > 0:  # there is none before the first
             found[domain] = max(entry.version, found.get(domain, 0))
     return found
 
 
-def _names(values: Sequence[onnx.ValueInfoProto]) -> list[str]:
-    return [value.name for value in values]
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _names(ports: Sequence[onnx.ValueInfoProto | str]) -> list[str]:
+    """Names of inputs or outputs; those of functions are names alone."""
+    return [port if isinstance(port, str) else port.name for port in ports]
+
+
+def type_name(dtype: int) -> str:
+    """What a type of elements is called, its number if it has no name."""
+    known = dtype in _Type.DataType.values()
+    return _Type.DataType.Name(dtype).lower() if known else f"type {dtype}"
 
 
 @dataclass
@@ -316,6 +326,7 @@ class _Reading:
     def add(self, graph: Graph) -> None:
         """Fill a graph with what its proto has, and add it and its bodies."""
         self.found.append(graph)
+        graph.root.inside.append(graph)
         if isinstance(graph.proto, onnx.GraphProto):
             self._values(graph, graph.proto)
         else:
@@ -324,7 +335,7 @@ class _Reading:
         for index, proto in enumerate(graph.proto.node):
             node = Node(proto, graph, index)
             graph.nodes.append(node)
-            for name in proto.output:
+            for name in filter(None, proto.output):
                 graph.makers.setdefault(name, node)
             for attribute in proto.attribute:
                 self._attribute(graph, attribute, node, node.where)
@@ -354,7 +365,7 @@ class _Reading:
         tensors = [*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors]
         for tensor in tensors:
             held = self._tensor(tensor, f"{where}.{attribute.name}", graph)
-            held.node, held.name = node, ""
+            held.name = ""
             if node is not None and node.op == "Constant" and node.outputs:
                 held.name = node.outputs[0]
                 held.where = graph.path + held.name
@@ -362,15 +373,14 @@ class _Reading:
         bodies = [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
         for body in bodies:
             path = f"{where}/{attribute.name}/"
-            ports = _names(body.input), _names(body.output)
-            self.add(Graph(path, graph.imports, *ports, parent=graph, holder=node, proto=body))
+            self.add(Graph(path, graph.imports, body, parent=graph, holder=node))
 
 
 def _link(graph: Graph) -> None:
     """Tell each value who reads it."""
     for node in graph.nodes:
         for index, name in enumerate(node.inputs):
-            owner = graph.owner(name) if name else None
+            owner = graph.owner(name)
             if owner is not None:
                 owner.readers[name].append((node, index))
             elif name:

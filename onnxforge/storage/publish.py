@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import os
 import secrets
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from onnxforge.storage.leftovers import claimed, fcntl, temporary
+from onnxforge.storage.whole import copy_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +101,7 @@ class _Move:
                 _replace([path], [aside])
         if any(target.exists() for target in self.data):
             for source, copy in zip(self.fresh, self.copies, strict=True):
-                _copy(source, copy)
+                copy_file(source, copy)
             for i, path in enumerate(self.interim):
                 write_model(i, path, [source.name for source in self.fresh])
             self.pointed = True
@@ -175,19 +175,6 @@ def _replace_rest(sources: Sequence[Path], targets: Sequence[Path]) -> None:
     for source, target in zip(sources, targets, strict=True):
         if source.exists():
             _replace([source], [target])
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-        target.chmod(0o644)
-        try:  # inside the kernel, which shares the blocks where the file system can
-            while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
-                pass
-        except (AttributeError, OSError):
-            for file in (reader, writer):
-                file.seek(0)
-            shutil.copyfileobj(reader, writer, _BLOCK)
-        os.fsync(writer.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

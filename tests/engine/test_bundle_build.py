@@ -480,26 +480,21 @@ def test_the_plan_says_what_and_why(full: Path, tmp_path: Path) -> None:
     }
 
 
-def test_files_of_others_are_not_replaced(recipe: Path, tmp_path: Path) -> None:
-    for name in ("out/fp16w/one.onnx", "out/notes.txt"):
+@pytest.mark.parametrize(("theirs", "ours"), [("one", "two"), ("two", "one")])
+def test_files_of_others_are_not_replaced(
+    recipe: Path, tmp_path: Path, theirs: str, ours: str
+) -> None:
+    for name in (f"out/fp16w/{theirs}.onnx", "out/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     refused = made(recipe).errors
     assert "notes.txt: is not of this recipe; --force" in refused["shared file notes.txt"]
     assert refused.keys() == {"fp16w", "shared file notes.txt"}
-    assert not (tmp_path / "out/fp16w/two.onnx").exists(), "half a tier is no tier"
-    assert (tmp_path / "out/fp16w/one.onnx").read_text() == "mine"
+    assert not (tmp_path / f"out/fp16w/{ours}.onnx").exists(), "half a tier is no tier"
+    assert (tmp_path / f"out/fp16w/{theirs}.onnx").read_text() == "mine"
     outcome = made(recipe, force=True)
     assert not outcome.errors
     check_documents(tmp_path)
-
-
-def test_what_the_manifest_lists_is_of_the_recipe(recipe: Path, tmp_path: Path) -> None:
-    made(recipe)
-    before = contents(tmp_path / "out")
-    shutil.rmtree(tmp_path / ".onnxforge")
-    assert not made(recipe).errors
-    assert contents(tmp_path / "out") == before
 
 
 def test_two_builds_at_a_time_are_refused(recipe: Path, tmp_path: Path) -> None:

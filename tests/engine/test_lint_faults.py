@@ -462,6 +462,17 @@ def _an_output_that_nobody_makes(root: Path) -> None:
     beside(root, faultless.model([node("Relu", ["x"], "z")], [X], [Y, value("z", [8])]))
 
 
+@fault("dead-node", "vad.onnx", "dead")
+def _a_node_for_nothing_that_leaves_out_an_output(root: Path) -> None:
+    def lstm(name: str) -> onnx.NodeProto:
+        words = ["x", "w", "r"]
+        return helper.make_node("LSTM", words, ["", name], name=name, hidden_size=2)
+
+    given = {"w": random(2, 1, 8, 4), "r": random(3, 1, 8, 2)}
+    ports = [value("x", [1, 1, 4])], [value("h", [1, 1, 2])]
+    beside(root, faultless.model([lstm("h"), lstm("dead")], *ports, given))
+
+
 @fault("dead-node", "fp32/embed_tokens.onnx", "shape")
 def _a_node_for_nothing(root: Path) -> None:
     with edit(root / "fp32/embed_tokens.onnx") as proto:
@@ -863,6 +874,27 @@ def test_a_fault_is_found_by_exactly_its_rule(case: Fault, tmp_path: Path) -> No
     assert case.where is None or case.where in {finding.where for finding in findings}
 
 
+def overloads() -> onnx.ModelProto:
+    """A function that calls another one of the same name."""
+
+    def function(overload: str, inner: onnx.NodeProto) -> onnx.FunctionProto:
+        imports = [helper.make_opsetid("", 20), helper.make_opsetid("custom", 1)]
+        nodes = [inner, node("Identity", ["b"], "c")]
+        return helper.make_function(
+            "custom", "F", ["a"], ["c"], nodes, imports, overload=overload
+        )
+
+    calls = [node("F", [name], to, domain="custom") for name, to in ("xy", "ab")]
+    for call, overload in zip(calls, ("outer", "inner"), strict=True):
+        call.overload = overload
+    proto = faultless.model(calls[:1], [X], [Y])
+    proto.functions.append(function("inner", node("Neg", ["a"], "b")))
+    del proto.functions[0].opset_import[1]
+    proto.functions.append(function("outer", calls[1]))
+    proto.opset_import.add(domain="custom", version=1)
+    return proto
+
+
 SOUND = {
     "a weight on the left, which no fusion takes": scaled("w", "xq", "", "xz"),
     "an operator of a function that only takes more types now": in_function("Relu", 13),
@@ -875,6 +907,11 @@ SOUND = {
 def test_what_looks_like_a_fault_and_is_none(proto: onnx.ModelProto, tmp_path: Path) -> None:
     beside(tmp_path, proto)
     assert list(map(str, found(tmp_path))) == []
+
+
+def test_a_function_may_call_another_overload(tmp_path: Path) -> None:
+    beside(tmp_path, overloads())
+    assert list(map(str, found(tmp_path, min_ort=None))) == []
 
 
 def test_every_rule_has_a_fault() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_a_repository_of_the_hub_is_listed(
         if p.is_file()
     ]
     tree.append({"type": "directory", "path": "int8", "size": 0})
+    tree.append({"type": "file", "path": "int8/.cache/x.onnx", "size": 0})
     listing = json.dumps(tree).encode()
     served.answers["/api/models/org/name/tree/main"] = 200, listing
     monkeypatch.setenv("HF_ENDPOINT", served.url.rstrip("/"))
@@ -94,6 +96,14 @@ def test_a_repository_of_the_hub_is_listed(
     model = place / "int8/encoder.onnx"
     model.write_bytes(b"\xff" * model.stat().st_size)
     assert found(f"{served.url}org/name/tree/main") == [("unreadable", "encoder.onnx")]
+
+
+def test_a_list_of_hashes_is_fetched_once(root: Path, served: Served) -> None:
+    sha = hashlib.sha256((root / "LICENSE").read_bytes()).hexdigest()
+    (root / "SHA256SUMS").write_text(f"{sha}  LICENSE\n")
+    faultless.relist(root)
+    assert found(served.url) == []
+    assert served.requests.count(("GET", "/SHA256SUMS")) == 1
 
 
 def large(path: Path) -> int:

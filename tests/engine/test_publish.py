@@ -33,6 +33,7 @@ from onnxforge.errors import ModelError
 from onnxforge.lazy import DerivedTensor
 from onnxforge.placement import PLACEMENT, Placement
 from onnxforge.storage import writer
+from onnxforge.storage.whole import copy_file
 from support import payload
 
 NAME, DATA = "model.onnx", "model.onnx_data"
@@ -1054,3 +1055,58 @@ def test_hashes_of_what_was_replaced_are_replaced_or_told(tmp_path: Path) -> Non
 
 if __name__ == "__main__":
     _main()
+
+
+def _kernel_stops(patch: pytest.MonkeyPatch) -> None:
+    """The kernel copies some bytes and then refuses, as it does at the border of a disk."""
+    counts = iter([100])
+
+    def refuse(source: int, target: int, size: int) -> int:
+        if (count := next(counts, None)) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.write(target, os.read(source, count))
+
+    patch.setattr(os, "copy_file_range", refuse, raising=False)
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        lambda patch: None,
+        lambda patch: _missing(patch, "copy_file_range"),
+        _no_kernel_copy,
+        _kernel_copies_nothing,
+        _kernel_stops,
+    ],
+)
+@pytest.mark.parametrize("size", [0, 5000, 3 << 20])
+def test_a_copy_is_whole_whatever_the_kernel_does(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    system: Callable[[pytest.MonkeyPatch], None],
+    size: int,
+) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(np.random.default_rng(1).bytes(size))
+    with monkeypatch.context() as patch:
+        system(patch)
+        copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    with pytest.raises(FileExistsError):
+        copy_file(source, target)
+
+
+@posix
+def test_a_copy_that_has_no_room_is_no_copy(tmp_path: Path) -> None:
+    """The last piece that is written is a part of what was to be, and no error."""
+    import resource
+
+    source = tmp_path / "a"
+    source.write_bytes(bytes(3 << 20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((5 << 20) // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            copy_file(source, tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

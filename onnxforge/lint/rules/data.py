@@ -29,16 +29,9 @@ _SHAPES = frozenset(
         "Resize", "Slice", "Split", "SplitToSequence", "Squeeze", "Tile", "TopK", "Unsqueeze",
     }
 )  # fmt: skip
-_FIELDS = {
-    "float_data": 1,
-    "int32_data": 1,
-    "int64_data": 1,
-    "double_data": 1,
-    "uint64_data": 1,
-}
 
 
-def unreadable(model: Model, options: Options) -> Iterator[Problem]:
+def unreadable(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """The file is no ONNX model, or it is damaged.
 
     What it does:
@@ -57,8 +50,9 @@ def unreadable(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    if model.broken is not None:
-        yield Problem(model.broken)
+    for model in bundle.models:
+        if model.broken is not None:
+            yield Problem(model.broken, file=model.name)
 
 
 def data_missing(model: Model, options: Options) -> Iterator[Problem]:
@@ -343,12 +337,9 @@ def overlapping_data(model: Model, options: Options) -> Iterator[Problem]:
     """
     for owners in by_file([model]).values():
         placed = [each for each in owners if each.offset is not None and each.tensor.nbytes]
-        placed.sort(key=lambda each: (each.offset or 0, each.stop))
         last: Held | None = None
-        for each in placed:
-            apart = last is None or (each.offset or 0) >= last.stop
-            same = last and (each.offset, each.stop) == (last.offset, last.stop)
-            if last is not None and not apart and not same:
+        for each in sorted(placed, key=lambda each: each.range):
+            if last and each.range != last.range and each.range[0] < last.stop:
                 yield Problem(f"shares bytes with {last.tensor.where}", each.tensor.where)
             last = each if last is None or each.stop > last.stop else last
 
@@ -360,7 +351,7 @@ def _grouped(found: dict[str, list[Held]]) -> Iterator[Problem]:
 
 
 RULES = (
-    Rule("OF410", "unreadable", "error", unreadable),
+    Rule("OF410", "unreadable", "error", unreadable, of="bundle"),
     Rule("OF411", "data-missing", "error", data_missing),
     Rule("OF412", "location-leaves", "error", location_leaves),
     Rule("OF413", "bad-range", "error", bad_range),

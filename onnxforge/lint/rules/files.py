@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from onnxforge.lint.bundle import Bundle
     from onnxforge.lint.config import Options
+    from onnxforge.lint.model import Model
 
 __all__ = ["RULES"]
 
@@ -183,15 +184,18 @@ def data_name(bundle: Bundle, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
+    odd: dict[str, Model] = {}
     for name, owners in by_file(bundle.models).items():
-        base = name.rpartition("/")[2]
-        named, model = _SIDECAR.fullmatch(base), owners[0].model
+        model = owners[0].model
+        named = _SIDECAR.fullmatch(name.rpartition("/")[2])
         stem = model.name.rpartition("/")[2].removesuffix(".onnx")
-        if named is None or named["stem"].startswith(stem):
-            continue
-        everybody = by_file([*bundle.models, *bundle.others])[name]
-        if all(each.model is model for each in everybody):
-            yield Problem(f"its data file is called {base!r}", file=model.name)
+        if named is not None and not named["stem"].startswith(stem):
+            odd[name] = model
+    everybody = by_file([*bundle.models, *bundle.others]) if odd else {}
+    for name, model in odd.items():
+        if all(each.model is model for each in everybody[name]):
+            text = f"its data file is called {name.rpartition('/')[2]!r}"
+            yield Problem(text, file=model.name)
 
 
 def leftover(bundle: Bundle, options: Options) -> Iterator[Problem]:

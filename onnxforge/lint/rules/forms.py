@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import onnx
 
 from onnxforge.lint.finding import Problem, Rule
+from onnxforge.runtime.ceilings import ceiling
+from onnxforge.runtime.kernels import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,12 +212,8 @@ def _nodes(model: Model, op: str) -> Iterator[Node]:
 
 def _below(options: Options, version: str) -> bool:
     """Whether a runtime older than this has to load the model."""
-    if options.min_ort is None:
-        return False
-    asked, limit = (
-        [int(part) for part in v.split(".")[:2]] for v in (options.min_ort, version)
-    )
-    return asked < limit
+    oldest = options.min_ort
+    return oldest is not None and number(ceiling(oldest).release) < number(version)
 
 
 RULES = (

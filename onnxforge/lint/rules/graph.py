@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 import onnx
@@ -42,22 +42,24 @@ def unsorted(model: Model, options: Options) -> Iterator[Problem]:
     """
     for node in model.nodes:
         for name in node.inputs:
-            if (late := _late(node, name)) is not None:
+            if late := _late(node, name):
                 text = f"reads {name!r}, which {late.where} makes later"
                 yield Problem(text, node.where, passes="tidy")
 
 
 def _late(node: Node, name: str) -> Node | None:
     """The node that makes an input, if it comes too late."""
-    owner = node.graph.owner(name) if name else None
-    maker = owner.makers.get(name) if owner else None
-    if maker is None:
-        return None
-    reader = node
-    while reader.graph is not owner:
-        assert reader.graph.holder is not None, "only bodies read from outside"
-        reader = reader.graph.holder
-    return maker if maker.index >= reader.index else None
+    maker = node.graph.maker(name)
+    reader = _inside(maker.graph, node) if maker else None
+    return maker if maker and reader and maker.index >= reader.index else None
+
+
+def _inside(graph: Graph, node: Node) -> Node | None:
+    """The node of a graph that a node is, or is run by; None in a default of a function."""
+    found: Node | None = node
+    while found is not None and found.graph is not graph:
+        found = found.graph.holder
+    return found
 
 
 def duplicate_value(model: Model, options: Options) -> Iterator[Problem]:
@@ -165,7 +167,7 @@ def dead_node(model: Model, options: Options) -> Iterator[Problem]:
     for graph in model.graphs:
         alive = live(graph)
         for node in graph.nodes:
-            unique = all(graph.makers[name] is node for name in node.outputs)
+            unique = all(graph.makers[name] is node for name in node.outputs if name)
             if node.index not in alive and unique:
                 yield Problem(
                     f"nobody reads what this {node.op} makes", node.where, passes="tidy"
@@ -175,20 +177,17 @@ def dead_node(model: Model, options: Options) -> Iterator[Problem]:
 def live(graph: Graph) -> set[int]:
     """Numbers of the nodes of a graph that its outputs, or bodies that are run, need."""
     found: set[int] = set()
-    waiting = [graph.makers[name] for name in graph.results if name in graph.makers]
-    inner: dict[int, list[str]] = {}
+    needs: dict[int | None, list[str]] = defaultdict(list)
     for name, readers in graph.readers.items():
         for reader, _ in readers:
-            holder = reader
-            while holder.graph is not graph and holder.graph.holder is not None:
-                holder = holder.graph.holder
-            inner.setdefault(holder.index, []).append(name)
+            holder = _inside(graph, reader)
+            needs[holder.index if holder else None].append(name)
+    waiting = [*graph.results, *needs[None]]  # any node may run a default
     while waiting:
-        node = waiting.pop()
-        if node.index not in found:
+        node = graph.makers.get(waiting.pop())
+        if node is not None and node.index not in found:
             found.add(node.index)
-            names = inner.get(node.index, [])
-            waiting += [graph.makers[name] for name in names if name in graph.makers]
+            waiting += needs[node.index]
     return found
 
 

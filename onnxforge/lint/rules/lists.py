@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["RULES"]
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
-_LIST = re.compile(r".+\.sha256|sha256sums?(?:\.txt)?", re.IGNORECASE)
 _HEX = {"sha256": re.compile("[0-9a-f]{64}"), "md5": re.compile("[0-9a-f]{32}")}
 _READERS = 8
 
@@ -67,8 +66,9 @@ def manifest_malformed(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """
     for text in _faults(bundle.manifest):
         yield Problem(text, file=MANIFEST)
-    for name, lines in _lists(bundle):
-        wrong = [i for i, line in enumerate(lines, 1) if not _LINE.fullmatch(line)]
+    for name, lines in bundle.sums.items():
+        full = ((i, line) for i, line in enumerate(lines, 1) if line.strip())
+        wrong = [i for i, line in full if not _LINE.fullmatch(line)]
         if wrong:
             yield Problem(f"line {wrong[0]} is no line of sha256sum", file=name)
 
@@ -191,19 +191,11 @@ def _entries(bundle: Bundle) -> Iterator[_Entry]:
         if is_path(name) and isinstance(said, dict) and not list(_faults_of(name, said)):
             hashes = {kind: said[kind] for kind in _HEX if kind in said}
             yield _Entry(MANIFEST, name, said["bytes"], hashes)
-    for listed, lines in _lists(bundle):
+    for listed, lines in bundle.sums.items():
         for match in filter(None, map(_LINE.fullmatch, lines)):
             if is_path(match[2]):
                 name = posixpath.join(posixpath.dirname(listed), match[2])
                 yield _Entry(listed, name, None, {"sha256": match[1].lower()})
-
-
-def _lists(bundle: Bundle) -> Iterator[tuple[str, list[str]]]:
-    """The lists of SHA-256 of a bundle, and their lines."""
-    for name in bundle.files.names if bundle.whole else ():
-        if _LIST.fullmatch(name.rpartition("/")[2]):
-            text = bundle.files.read(name).decode(errors="replace")
-            yield name, [line for line in text.splitlines() if line.strip()]
 
 
 def _faults(manifest: object) -> Iterator[str]:

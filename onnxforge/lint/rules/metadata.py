@@ -7,15 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import onnx
-
 from onnxforge.errors import ModelError
-from onnxforge.lint.bundle import METADATA, told_graphs
+from onnxforge.lint.bundle import METADATA, named_files, told_graphs
 from onnxforge.lint.files import is_path
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.held import by_file
+from onnxforge.lint.view import type_name
 
 if TYPE_CHECKING:
+    import onnx
+
     from onnxforge.lint.bundle import Bundle
     from onnxforge.lint.config import Options
     from onnxforge.lint.model import Model
@@ -112,7 +113,7 @@ def metadata_untrue(bundle: Bundle, options: Options) -> Iterator[Problem]:
 
 def _untrue(graph: Mapping[str, Any], model: Model) -> Iterator[str]:
     proto = model.proto
-    domains = {node.proto.domain or "ai.onnx" for each in model.graphs for node in each.nodes}
+    domains = {node.domain or "ai.onnx" for node in model.nodes}
     opsets = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
     is_so = {
         "ir_version": proto.ir_version,
@@ -142,7 +143,7 @@ def _port(value: onnx.ValueInfoProto) -> dict[str, Any]:
     port: dict[str, Any] = {"name": value.name}
     kind = value.type.tensor_type
     if value.type.WhichOneof("value") == "tensor_type":
-        port["type"] = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        port["type"] = type_name(kind.elem_type)
         port["shape"] = None
         if kind.HasField("shape"):
             port["shape"] = [
@@ -221,17 +222,8 @@ def named_file_missing(bundle: Bundle, options: Options) -> Iterator[Problem]:
     """
     if not bundle.whole:
         return
-    said = bundle.said
-    names: dict[str, None] = {}
-    for _, graph in told_graphs(bundle.said):
-        data = graph.get("data")
-        words = [graph.get("model"), *(data if isinstance(data, list) else [])]
-        names |= {word: None for word in words if isinstance(word, str)}
-    shared = said.get("files")
-    words = shared if isinstance(shared, list) else []
-    names |= {word: None for word in words if isinstance(word, str)}
     told = by_file(bundle.models)  # what models name themselves is told of those
-    for name in names:
+    for name in dict.fromkeys(named_files(bundle.said)):
         if not is_path(name):
             yield Problem(f"{name!r} is no path in the folder", file=METADATA)
         elif bundle.files.size(name) is None and name not in told:

@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
     from onnxforge.lint.config import Options
     from onnxforge.lint.model import Model
-    from onnxforge.lint.view import Graph, Node
+    from onnxforge.lint.view import Call, Node
 
 __all__ = ["RULES", "lack"]
-
-_STANDARD = ("", "ai.onnx")
 
 
 def unknown_operator(model: Model, options: Options) -> Iterator[Problem]:
@@ -43,13 +41,10 @@ def unknown_operator(model: Model, options: Options) -> Iterator[Problem]:
         None.
     """
     newest = onnx.defs.onnx_opset_version()
-    local = {
-        function.name for function in model.proto.functions if function.domain in _STANDARD
-    }
-    for node in model.nodes:
-        version, op_type = node.graph.imports.get("", 0), node.proto.op_type
-        standard = node.proto.domain in _STANDARD and op_type not in local
-        if standard and 0 < version <= newest and (reason := lack(op_type, version)):
+    for node in _of_tables(model):
+        version = node.graph.imports.get("", 0)
+        known = not node.domain and 0 < version <= newest
+        if known and (reason := lack(node.proto.op_type, version)):
             yield Problem(reason, node.where)
 
 
@@ -73,11 +68,11 @@ def recursive_function(model: Model, options: Options) -> Iterator[Problem]:
         None.
     """
     known = {
-        (f.domain, f.name): _calls(model, graph)
-        for f, graph in zip(model.proto.functions, list(model.owners)[1:], strict=True)
+        call: {node.call for each in graph.inside for node in each.nodes}
+        for call, graph in model.functions.items()
     }
     for start in known:
-        seen: set[tuple[str, str]] = set()
+        seen: set[Call] = set()
         waiting = [*known[start]]
         while waiting:
             call = waiting.pop()
@@ -85,12 +80,7 @@ def recursive_function(model: Model, options: Options) -> Iterator[Problem]:
                 seen.add(call)
                 waiting += known[call]
         if start in seen:
-            yield Problem("calls itself", "::".join(start))
-
-
-def _calls(model: Model, owner: Graph) -> set[tuple[str, str]]:
-    nodes = (node for graph in model.within(owner) for node in graph.nodes)
-    return {(node.proto.domain, node.proto.op_type) for node in nodes}
+            yield Problem("calls itself", model.functions[start].path.removesuffix("/"))
 
 
 def misfit(model: Model, options: Options) -> Iterator[Problem]:
@@ -147,25 +137,17 @@ def function_version(model: Model, options: Options) -> Iterator[Problem]:
     main = model.graphs[0].imports
     for node in _of_tables(model):
         written, read = _form(node, node.graph.imports), _form(node, main)
-        domain = _domain(node)
-        if written is None or written == read or domain not in main or _unfit(node, written):
+        if written in (None, read) or node.domain not in main:
             continue
         if reason := "is no operator" if read is None else _other(node, written, read):
-            there = f"{domain or 'ai.onnx'} {main[domain]}"
+            there = f"{node.domain or 'ai.onnx'} {main[node.domain]}"
             text = f"{node.op} {written.version} in a model of {there}, where it {reason}"
             yield Problem(text, node.where)
 
 
 def _of_tables(model: Model) -> Iterator[Node]:
     """Nodes that are no calls of functions of the model."""
-    local = {(function.domain, function.name) for function in model.proto.functions}
-    for node in model.nodes:
-        if (node.proto.domain, node.proto.op_type) not in local:
-            yield node
-
-
-def _domain(node: Node) -> str:
-    return "" if node.proto.domain in _STANDARD else node.proto.domain
+    return (node for node in model.nodes if node.call not in model.functions)
 
 
 def _other(node: Node, written: _Form, read: _Form) -> str | None:
@@ -238,8 +220,7 @@ class _Form:
 
 
 def _form(node: Node, imports: Mapping[str, int]) -> _Form | None:
-    domain = _domain(node)
-    return _known(node.proto.op_type, imports.get(domain, 0), domain)
+    return _known(node.proto.op_type, imports.get(node.domain, 0), node.domain)
 
 
 @functools.cache

@@ -101,10 +101,9 @@ def _problems(model: Model, options: Options, kinds: Sequence[str]) -> Iterator[
 
 def _is_told(node: Node, options: Options) -> bool:
     """Whether other rules say that there is no such operator."""
-    domain = node.proto.domain
-    if domain in ("", "ai.onnx"):
-        return bool(lack(node.proto.op_type, node.graph.imports.get("", 0)))
-    return domain not in options.allow
+    if node.domain:
+        return node.domain not in options.allow
+    return bool(lack(node.proto.op_type, node.graph.imports.get("", 0)))
 
 
 @functools.lru_cache(maxsize=1)  # two rules ask the same

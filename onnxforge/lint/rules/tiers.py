@@ -12,6 +12,7 @@ import onnx
 from onnxforge.errors import OnnxforgeError
 from onnxforge.lint.bundle import is_reduced
 from onnxforge.lint.finding import Problem, Rule
+from onnxforge.lint.view import type_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -128,7 +129,7 @@ def _other_float(seen: onnx.TypeProto, wanted: onnx.TypeProto) -> list[str]:
     types = [port.tensor_type.elem_type for port in (seen, wanted)]
     if types[0] == types[1] or not set(types) <= _FLOATS:
         return []
-    return [_Type.DataType.Name(number).lower() for number in types]
+    return [type_name(number) for number in types]
 
 
 def opset_differs(bundle: Bundle, options: Options) -> Iterator[Problem]:
@@ -278,8 +279,7 @@ def _pairs(bundle: Bundle) -> Iterator[tuple[Model, Model]]:
     for tier, graphs in tiers.items():
         for stem, model in graphs.items() if tier != first else ():
             reference = tiers[first].get(stem)
-            sound = reference is not None and reference.broken is None and model.broken is None
-            if sound and reference is not None:
+            if reference and reference.broken is None and model.broken is None:
                 yield reference, model
 
 
@@ -300,7 +300,7 @@ def _difference(wanted: onnx.TypeProto, seen: onnx.TypeProto) -> str | None:
         return None if same else f"{seen.WhichOneof('value')}, {wanted.WhichOneof('value')}"
     types = {each.tensor_type.elem_type for each in (wanted, seen)}
     if len(types) > 1 and not types <= _FLOATS:
-        words = [_Type.DataType.Name(t.tensor_type.elem_type).lower() for t in (seen, wanted)]
+        words = [type_name(each.tensor_type.elem_type) for each in (seen, wanted)]
         return f"{words[0]}, and {words[1]}"
     shapes = [_shape(each) for each in (seen, wanted)]
     if shapes[0] is None or shapes[1] is None:

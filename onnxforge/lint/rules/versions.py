@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES"]
 
-_STANDARD = ("", "ai.onnx")
-
 
 def foreign_operator(model: Model, options: Options) -> Iterator[Problem]:
     """An operator is neither of ai.onnx nor of an allowed domain.
@@ -43,13 +41,11 @@ def foreign_operator(model: Model, options: Options) -> Iterator[Problem]:
     Fix:
         None.
     """
-    local = {(function.domain, function.name) for function in model.proto.functions}
-    fine = {*_STANDARD, *options.allow}
+    fine = {"", *options.allow}
     for graph in model.graphs:
         foreign: dict[str, list[Node]] = {}
         for node in graph.nodes:
-            is_local = (node.proto.domain, node.proto.op_type) in local
-            if node.proto.domain not in fine and not is_local:
+            if node.domain not in fine and node.call not in model.functions:
                 foreign.setdefault(node.op, []).append(node)
         for op, nodes in foreign.items():
             more = f", and {len(nodes) - 1} more" if len(nodes) > 1 else ""
@@ -77,10 +73,10 @@ def unused_import(model: Model, options: Options) -> Iterator[Problem]:
         None.
     """
     for graph in model.owners:
-        used = {node.proto.domain for each in model.within(graph) for node in each.nodes}
-        if not graph.is_function:  # the main graph imports for functions as well
-            used |= {function.domain for function in model.proto.functions}
-        unused = sorted(graph.imports.keys() - used - {*_STANDARD})
+        used = {node.domain for each in graph.inside for node in each.nodes}
+        if graph.call is None:  # the main graph imports for functions as well
+            used |= {domain for domain, *_ in model.functions}
+        unused = sorted(graph.imports.keys() - used - {""})
         if unused:
             words = ", ".join(f"{domain} {graph.imports[domain]}" for domain in unused)
             yield Problem(f"imports {words}, which no node uses", _name(graph))
@@ -106,9 +102,8 @@ def missing_import(model: Model, options: Options) -> Iterator[Problem]:
         None.
     """
     for graph in model.owners:
-        nodes = [node for each in model.within(graph) for node in each.nodes]
-        counts = Counter("" if n.proto.domain == "ai.onnx" else n.proto.domain for n in nodes)
-        for domain in counts.keys() - graph.imports.keys():
+        counts = Counter(node.domain for each in graph.inside for node in each.nodes)
+        for domain in sorted(counts.keys() - graph.imports.keys()):
             nodes_are = "node is" if counts[domain] == 1 else "nodes are"
             text = f"{domain or 'ai.onnx'} is not imported, but {counts[domain]} {nodes_are}"
             yield Problem(f"{text} of it", _name(graph))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from onnxforge.lint.finding import Problem, Rule
+from onnxforge.lint.view import type_name
 
 if TYPE_CHECKING:
     from onnxforge.lint.config import Options
@@ -221,7 +222,7 @@ def casts_undone(model: Model, options: Options) -> Iterator[Problem]:
                 continue
             before, between = first.dtype(0), first.number("to", 0)
             if before and before == node.number("to", 0) and before != between:
-                names = [_Type.DataType.Name(dtype).lower() for dtype in (before, between)]
+                names = [type_name(dtype) for dtype in (before, between)]
                 wide = between in _WIDER.get(before, set())
                 result = "which changes nothing" if wide else "which loses precision"
                 text = f"undoes {first.where}: {names[0]} -> {names[1]} -> {names[0]}"
