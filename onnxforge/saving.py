@@ -199,13 +199,16 @@ class _Work:
         for model, target in self.jobs:
             _refuse_input(model, target, [*self.targets, *self.data])
         old = [target for target in self.targets if target.exists()]
-        if not (old or any(path.exists() for path in self.data)):
+        taken = [path for path in self.data if path.exists()]
+        if not (old or taken):
             return ()
-        others = readers(folder, but=self.targets)
-        for path in self.data:
-            if path.exists() and (other := others.get(path.resolve())):
+        read = {data for target in old for data in data_of(target)}
+        # There may be thousands of others: they are read where there is something to lose.
+        others = readers(folder, but=self.targets) if read or taken else {}
+        for path in taken:
+            if other := others.get(path.resolve()):
                 raise ModelError(f"{path}: holds data of {other} as well, which would be lost")
-        read = {data for target in old for data in data_of(target)} - others.keys()
+        read -= others.keys()
         if not self.placement.manifest:
             read.add(self.manifest)
         gone = read - {path.resolve() for path in [*self.targets, *self.data]}
