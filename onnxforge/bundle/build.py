@@ -129,9 +129,9 @@ class _Build:
             self.preserve(graph)
         self.queue.run()
         self.put_extras()
-        with self.trying(str(self.recipe.output)):
+        with self.trying("what is not in the recipe"):
             self.sweep()
-        with self.trying(str(self.recipe.output)):
+        with self.trying("metadata and manifest"):
             for name in write_documents(self.plan):
                 self.done(name)
         self.state.forget_missing()

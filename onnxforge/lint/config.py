@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from onnxforge.errors import OnnxforgeError, SpecError
+from onnxforge.errors import OnnxforgeError, SpecError, about
 from onnxforge.lint.finding import Level
+from onnxforge.lint.rules import RULES
 from onnxforge.options import did_you_mean
 from onnxforge.runtime.ceilings import ceiling
 
@@ -74,14 +75,15 @@ class Options:
             for pattern, words in self.per_path.items()
         )
 
-    def refuse_unknown(self, rules: Iterable[Rule]) -> None:
-        """Raise SpecError for a word that means no rule."""
+    def refuse_unknown(self) -> None:
+        """Raise SpecError for a word that means no rule, and for an unknown release."""
+        if self.min_ort is not None:
+            ceiling(self.min_ort)
         words = {*self.select, *self.ignore, *self.severity}
         words.update(word for some in self.per_path.values() for word in some)
-        known = list(rules)
         for word in sorted(words):
-            if not any(rule.matches([word]) for rule in known):
-                names = [name for rule in known for name in (rule.name, rule.code)]
+            if not any(rule.matches([word]) for rule in RULES):
+                names = [name for rule in RULES for name in (rule.name, rule.code)]
                 raise SpecError(f"there is no rule {word!r}{did_you_mean(word, names)}")
 
 
@@ -114,11 +116,10 @@ def configured(path: Path | None, changes: Mapping[str, Any]) -> Options:
     given: dict[str, Any] = {}
     if path is not None:
         given = _read(path)
+        with about(path):
+            Options(**given).refuse_unknown()
     given |= {name: value for name, value in changes.items() if value is not None}
-    options = Options(**given)
-    if options.min_ort is not None:
-        ceiling(options.min_ort)
-    return options
+    return Options(**given)
 
 
 def _table(path: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:

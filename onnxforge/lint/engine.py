@@ -42,7 +42,7 @@ def lint(paths: Sequence[str | os.PathLike[str]], options: Options | None = None
         OnnxforgeError: A path is not there, or an option means nothing.
     """
     options = options or Options()
-    options.refuse_unknown(RULES)
+    options.refuse_unknown()
     active = [(rule, level) for rule in RULES if (level := options.level(rule))]
     findings: list[Finding] = []
     notes: dict[str, None] = {}

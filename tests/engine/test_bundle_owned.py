@@ -347,7 +347,7 @@ def test_what_cannot_be_removed_is_told_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refused)
         outcome = made(recipe)
-    assert outcome.errors == {str(tmp_path / "out"): f"{place}: Permission denied"}
+    assert outcome.errors == {"what is not in the recipe": f"{place}: Permission denied"}
     assert outcome.made == ["metadata.json", "manifest.json"]
     assert made(recipe).removed == ["notes.txt"]
     check(tmp_path)

@@ -270,12 +270,14 @@ def test_configuration_is_found_above(root: Path, name: str, head: str) -> None:
         ("min-ort = 1.17", "1.17 is not what is wanted"),
         ("min-ort = '1.2'", "the oldest known is 1.17"),
         ("select = [", "Invalid"),
+        ("ignore = ['dead-nodes']", r"no rule 'dead-nodes'; did you mean 'dead-node'"),
+        ("per-path = {'x' = ['OF999']}", "there is no rule 'OF999'"),
     ],
 )
 def test_what_is_wrong_with_a_configuration(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "onnxforge.toml"
     path.write_text(f"[lint]\n{text}\n")
-    with pytest.raises(OnnxforgeError, match=message):
+    with pytest.raises(OnnxforgeError, match=rf"onnxforge\.toml: .*{message}"):
         configured(path, {})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from onnxforge.errors import OnnxforgeError
+from onnxforge.errors import CheckFailed, DataError, ModelError, Refused, SpecError
 from onnxforge.lint.bundle import is_reduced
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.view import type_name
@@ -252,7 +252,7 @@ def not_derived(bundle: Bundle, options: Options) -> Iterator[Problem]:
             continue
         try:
             found = verify(parent, child, statistics=statistics)
-        except OnnxforgeError as error:
+        except (CheckFailed, DataError, ModelError, Refused, SpecError) as error:
             yield Problem(f"cannot be replayed: {error}", file=model.name)
             continue
         if found.differences:
