@@ -131,9 +131,14 @@ def _is_cast(use: Use | None) -> bool:
     return not has_kernel(releases()[0], "cpu", operator, use.inputs, use.outputs)
 
 
+def _input(node: ir.Node, i: int) -> ir.Value | None:
+    """An input, None if it is left out; also of a node that lacks what it needs."""
+    return node.inputs[i] if i < len(node.inputs) else None
+
+
 def _constant(use: Use, i: int) -> ir.TensorProtocol | None:
     """The weight that is an input of a node."""
-    value = use.node.inputs[i] if i < len(use.node.inputs) else None
+    value = _input(use.node, i)
     if value is None or value.const_value is not None:
         return None if value is None else value.const_value
     maker = value.producer()
@@ -151,10 +156,10 @@ def _count(use: Use, i: int) -> int:
 
 def _maker(use: Use, i: int) -> ir.Node | None:
     """The node that an input comes from, casts that may change nothing aside."""
-    value = use.node.inputs[i] if i < len(use.node.inputs) else None
+    value = _input(use.node, i)
     maker = None if value is None else value.producer()
     while maker is not None and maker.op_type in ("Cast", "CastLike", "Identity"):
-        value = maker.inputs[0]
+        value = _input(maker, 0)
         maker = None if value is None else value.producer()
     return maker
 
@@ -186,7 +191,7 @@ def _matmul_integer(use: Use) -> Fault | None:
     if _count(use, 2) > 1:
         text = "MatMulInteger has a zero point for each row of the activation"
         return Fault(use.where, text, at_run=True, providers=everywhere)
-    zero, weight = _constant(use, 3), use.node.inputs[1]
+    zero, weight = _constant(use, 3), _input(use.node, 1)
     flat = zero is not None and len(zero.shape) == 1 and _count(use, 3) > 1
     if flat and (_rank(weight) or 0) > 2:
         text = "MatMulInteger has batched weights and a flat zero point for each column"
@@ -216,7 +221,7 @@ def _is_transposed(value: ir.Value | None) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        source = node.inputs[0] if node.inputs else None
+        source = _input(node, 0)
         if node.op_type == "Transpose" and source is not None:
             if source.const_value is None or source.is_graph_input():
                 return True
@@ -232,10 +237,10 @@ def _batched_qdq(use: Use) -> Fault | None:
         return None
     weight = makers[1]
     assert weight is not None
-    zero = weight.inputs[2] if len(weight.inputs) > 2 else None
+    zero = _input(weight, 2)
     if zero is None or zero.const_value is None or zero.const_value.size <= 1:
         return None
-    if (_rank(weight.inputs[0]) or 0) < 3:
+    if (_rank(_input(weight, 0)) or 0) < 3:
         return None
     text = "MatMul of batched weights that are dequantized with a zero point for each column"
     return Fault(use.where, text, at_run=True)
@@ -247,7 +252,7 @@ def _mul(use: Use) -> Fault | None:
     for i in (0, 1):
         maker = _maker(use, i)
         gate = maker is not None and maker.op_type == "Sigmoid"
-        if maker is not None and gate and maker.inputs[0] is use.node.inputs[1 - i]:
+        if maker is not None and gate and _input(maker, 0) is use.node.inputs[1 - i]:
             text = "x * Sigmoid(x) of double is fused into what only takes float"
             return Fault(use.where, text, "..1.30")
     return None
@@ -283,11 +288,12 @@ def _grid_sample(use: Use) -> Fault | None:
 
 
 def _cast_like(use: Use, known: Mapping[ir.Node, Use]) -> Fault | None:
-    value = use.node.inputs[0]
+    value = _input(use.node, 0)
     maker = None if value is None else value.producer()
     if use.inputs != ("float16", "float16") or maker is None:
         return None
-    readers = [known.get(reader) for reader, _ in use.node.outputs[0].uses()]
+    outputs = use.node.outputs
+    readers = [known.get(reader) for output in outputs for reader, _ in output.uses()]
     if _is_cast(known.get(maker)) and any(map(_is_cast, readers)):
         text = "CastLike from float16 to float16 between nodes without kernels for it"
         return Fault(use.where, text, "..1.30")
@@ -296,14 +302,14 @@ def _cast_like(use: Use, known: Mapping[ir.Node, Use]) -> Fault | None:
 
 def _attention(use: Use) -> Fault | None:
     masked = len(use.inputs) > 3 and use.inputs[3] not in ("", "bool")
-    if use.inputs[0] != "double" or not masked:
+    if not masked or use.inputs[0] != "double":
         return None
     span = "..1.31" if _attribute(use, "is_causal") == 1 else "..1.23"
     return Fault(use.where, "Attention of double with a mask of numbers", span)
 
 
 def _dequantize(use: Use) -> Fault | None:
-    if _attribute(use, "block_size") and use.inputs[0] in ("int8", "uint8"):
+    if _attribute(use, "block_size") and use.inputs[:1] in (("int8",), ("uint8",)):
         text = "DequantizeLinear in blocks of 8 bits"
         return Fault(use.where, text, "..1.18", at_run=True)
     return None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import TensorProto, helper
 
 from onnxforge.errors import OnnxforgeError
 from onnxforge.lint import Options, lint
@@ -27,6 +29,13 @@ ROWS = {k: row for k, row in REFUSED.items() if not row.unprivileged and k != "d
 
 SLOW = {"100,000 nodes", "20,000 tensors in 500 files"}  # ten seconds, nothing else in them
 ODD = {k: row for k, row in WORKS.items() if k not in SLOW}
+
+FORMED = (
+    "Attention", "Cast", "CastLike", "ConvInteger", "DFT", "DequantizeLinear", "GRU", "Gemm",
+    "GridSample", "LSTM", "MatMul", "MatMulInteger", "Mul", "QuantizeLinear", "Relu",
+    "Sigmoid", "Transpose",
+)  # fmt: skip
+"""Operators whose forms are looked at, and those in front of them."""
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links, pipes and forks of POSIX")
 
@@ -88,6 +97,36 @@ def test_what_is_no_text_is_told_wherever_it_is(tmp_path: Path, place: str) -> N
     path.write_bytes(model.SerializeToString().replace(b"qqqq", b"\xff\xfe\xff\xfe"))
     found = {finding.rule for finding in lint([path]).findings}
     assert ("unreadable" in found) == (place != "doc_string")
+
+
+@pytest.mark.parametrize("op", FORMED)
+def test_nodes_that_lack_all_they_need_are_told(tmp_path: Path, op: str) -> None:
+    dtypes = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16
+    for dtype, made in itertools.product(dtypes, (["h"], [])):
+        ports = [faultless.value(name, [8, 8], dtype) for name in "xy"]
+        bare = [helper.make_node(op, [], made), helper.make_node("Identity", [], ["i"])]
+        reader = helper.make_node("MatMul", ["h" if made else "x", "i"], ["y"])
+        lone = [helper.make_node(other, [], []) for other in ("DequantizeLinear", "MatMul")]
+        proto = faultless.model([*bare, reader, *lone], ports[:1], ports[1:])
+        path = tmp_path / "model.onnx"
+        path.write_bytes(proto.SerializeToString())
+        assert "misfit" in {finding.rule for finding in lint([path]).findings}
+
+
+def test_a_weight_that_says_to_be_larger_than_its_file(tmp_path: Path) -> None:
+    ports = [faultless.value(name, [64, 64]) for name in "xy"]
+    weights = {name: np.ones((64, 64), np.float32) for name in ("a", "b")}
+    nodes = [helper.make_node("Sum", ["x", "a", "b"], ["y"])]
+    proto = faultless.model(nodes, ports[:1], ports[1:], weights)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert "stored-twice" in {finding.rule for finding in lint([path]).findings}
+    for tensor in proto.graph.initializer:
+        tensor.dims[:] = [2**31, 2**31]
+    path.write_bytes(proto.SerializeToString())
+    found = {finding.rule for finding in lint([path]).findings}
+    assert "wrong-length" in found
+    assert "stored-twice" not in found
 
 
 @pytest.mark.parametrize("version", [2**63 - 1, 2**31, -1, -(2**63)])

@@ -70,7 +70,7 @@ _Place = tuple[str, int]
 def _places(model: Model) -> Iterator[tuple[_Place, Tensor]]:
     """File and offset of the bytes of each tensor whose bytes are there."""
     for tensor in model.tensors:
-        if tensor.payload is not None:
+        if tensor.payload is not None and tensor.payload.length == tensor.nbytes:
             yield (model.name, tensor.payload.offset), tensor
     for each in model.held:
         size = None if each.file is None else model.files.size(each.file)
