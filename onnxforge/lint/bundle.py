@@ -25,6 +25,7 @@ __all__ = [
     "is_reduced",
     "is_tier",
     "named_files",
+    "named_statistics",
     "told_graphs",
 ]
 
@@ -162,11 +163,15 @@ def named_files(said: Any) -> Iterator[str]:
     yield from _words(_dict(said).get("files"))
 
 
+def named_statistics(said: Any) -> Sequence[str]:
+    """Files of statistics that metadata in the form of onnxforge name."""
+    graphs = _dict(_dict(said).get("graphs")).values()
+    return _words([_dict(_dict(graph).get("statistics")).get("file") for graph in graphs])
+
+
 def _told(said: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    tiers = said.get("tiers") if isinstance(said, dict) else None
-    for tier, content in tiers.items() if isinstance(tiers, dict) else ():
-        graphs = content.get("graphs") if isinstance(content, dict) else None
-        for name, graph in graphs.items() if isinstance(graphs, dict) else ():
+    for tier, content in _dict(_dict(said).get("tiers")).items():
+        for name, graph in _dict(_dict(content).get("graphs")).items():
             if isinstance(graph, dict):
                 yield tier, name, graph
 

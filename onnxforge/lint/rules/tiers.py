@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import onnx
 
 from onnxforge.errors import CheckFailed, DataError, ModelError, Refused, SpecError
-from onnxforge.lint.bundle import is_reduced
+from onnxforge.lint.bundle import is_reduced, named_statistics
 from onnxforge.lint.finding import Problem, Rule
 from onnxforge.lint.view import type_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from onnxforge.lint.bundle import Bundle
     from onnxforge.lint.config import Options
@@ -245,7 +244,8 @@ def not_derived(bundle: Bundle, options: Options) -> Iterator[Problem]:
         return
     from onnxforge.replay import verify
 
-    statistics = _statistics(bundle)
+    names = (name for name in named_statistics(bundle.said) if name in bundle.files.names)
+    statistics = [path for name in names if (path := bundle.files.local(name)) is not None]
     for reference, model in _pairs(bundle):
         parent, child = (bundle.files.local(each.name) for each in (reference, model))
         if parent is None or child is None:
@@ -258,18 +258,6 @@ def not_derived(bundle: Bundle, options: Options) -> Iterator[Problem]:
         if found.differences:
             more = f", and {len(found.differences) - 1} more" * (len(found.differences) > 1)
             yield Problem(f"{found.differences[0]}{more}", file=model.name)
-
-
-def _statistics(bundle: Bundle) -> list[Path]:
-    """Files of statistics that metadata name."""
-    graphs = bundle.said.get("graphs")
-    named = [
-        used.get("file")
-        for graph in (graphs.values() if isinstance(graphs, dict) else ())
-        if isinstance(graph, dict) and isinstance(used := graph.get("statistics"), dict)
-    ]
-    names = [name for name in named if isinstance(name, str) and name in bundle.files.names]
-    return [path for name in names if (path := bundle.files.local(name)) is not None]
 
 
 def _pairs(bundle: Bundle) -> Iterator[tuple[Model, Model]]:
