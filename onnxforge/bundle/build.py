@@ -331,8 +331,7 @@ class _Build:
         if not {"failed", None}.isdisjoint(ends.values()) or not ready:
             return
         with self.trying(unit.tier.name):
-            for each in ready:
-                self.plan.hold(each)
+            self.plan.hold(ready)
             records = [self.state.staged[str(each)] for each in ready]
             places = [place for record in records for place in places_of(record)]
             self.plan.owned.claim(places, force=self.force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from onnxforge.storage.whole import digest, write_text
 
 if TYPE_CHECKING:
     from onnxforge.bundle.plan import Plan
-    from onnxforge.bundle.recipe import Graph, Targets, Tier
+    from onnxforge.bundle.recipe import Graph, Tier
 
 __all__ = ["SCHEMA", "as_json", "manifest", "metadata", "parity", "write_documents"]
 
@@ -91,7 +92,7 @@ def metadata(plan: Plan) -> dict[str, Any]:
     tiers: _Records = {}
     versions: dict[str, set[str]] = {}
     for tier, record in _published(plan):
-        empty = {"targets": _targets(tier.targets), "graphs": {}}
+        empty = {"targets": asdict(tier.targets), "graphs": {}}
         graphs = tiers.setdefault(tier.name, empty)["graphs"]
         entries, folder = record["graphs"], folder_of(record)
         graphs |= {n: _graph(folder, entries[n]) for n in recipe.graphs if n in entries}
@@ -106,18 +107,11 @@ def metadata(plan: Plan) -> dict[str, Any]:
         "schema": SCHEMA,
         "name": recipe.name,
         "license": recipe.license,
-        "targets": {**_targets(recipe.targets), "browser": list(recipe.browser)},
+        "targets": {**asdict(recipe.targets), "browser": list(recipe.browser)},
         "toolchain": {tool: ", ".join(sorted(versions[tool])) for tool in sorted(versions)},
         "graphs": {n: _source(plan, n) for n in recipe.graphs if n in plan.state.sources},
         "tiers": tiers,
         "files": sorted([*plan.state.extras, *golden]),
-    }
-
-
-def _targets(targets: Targets) -> dict[str, list[str]]:
-    return {
-        "onnxruntime": list(targets.onnxruntime),
-        "providers": list(targets.providers),
     }
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,14 +83,14 @@ class Plan:
             self.state.sources[graph.name] = {**known, "digest": sha, "bytes": size}
         return self._sources[graph.name]
 
-    def hold(self, unit: Unit) -> None:
+    def hold(self, ready: Iterable[Unit]) -> None:
         """See that sources are what they were when the build first read them.
 
         Raises:
             OnnxforgeError: One is not, or cannot be read any more.
         """
         now = Plan(self.recipe, self.state)
-        for graph, _ in self._each(unit):
+        for graph in (graph for unit in ready for graph, _ in self._each(unit)):
             if now.source(graph) != self.source(graph):
                 raise DataError(f"{graph.source}: changed during the build; build again")
 

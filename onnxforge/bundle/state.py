@@ -10,7 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from onnxforge.errors import DataError, OnnxforgeError
+from onnxforge.errors import DataError, OnnxforgeError, from_system
 from onnxforge.storage.leftovers import fcntl
 from onnxforge.storage.whole import digest, write_text
 
@@ -149,11 +149,9 @@ def opened(folder: Path) -> Iterator[State]:
     Raises:
         OnnxforgeError: Another one does, or the folder cannot be made.
     """
-    try:
+    with from_system():
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise OnnxforgeError(f"{error.filename}: {error.strerror}") from None
     try:
         if fcntl is not None:
             _lock(fd, folder)
