@@ -10,12 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -36,7 +34,9 @@ from support.bundles import (
     JUDGED,
     Broken,
     Inline,
+    check_documents,
     contents,
+    document,
     laid_out,
     made,
     written,
@@ -48,28 +48,6 @@ pipeline = "smoothquant{stats=@calibration format=integer min_bytes=0}"
 graphs.two.pipeline = "int8w{min_bytes=0}"
 """
 FAILING = "graphs.one.gates.min-sqnr.hidden = 400"
-
-
-def document(folder: Path, name: str) -> Any:
-    return json.loads((folder / "out" / name).read_text(encoding="utf-8"))
-
-
-def schema(name: str) -> Any:
-    file = resources.files("onnxforge.bundle") / f"{name}.schema.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def check_documents(folder: Path) -> None:
-    """Hold what a bundle says of itself to its schemas and to what is there."""
-    for name in ("metadata", "manifest"):
-        form = schema(name)
-        jsonschema.Draft202012Validator.check_schema(form)
-        jsonschema.Draft202012Validator(form).validate(document(folder, f"{name}.json"))
-    there = contents(folder / "out")
-    del there["manifest.json"]
-    files = document(folder, "manifest.json")["files"]
-    assert {k: v["sha256"] for k, v in files.items()} == bundles.hashes(there)
-    assert {k: v["bytes"] for k, v in files.items()} == {k: len(v) for k, v in there.items()}
 
 
 @pytest.fixture

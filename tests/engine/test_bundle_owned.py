@@ -19,7 +19,17 @@ from onnxforge.bundle.state import State, opened
 from onnxforge.errors import OnnxforgeError, SpecError
 from onnxforge.errors import said as told
 from support import bundles, pairs
-from support.bundles import BARE, FULL, JUDGED, Inline, contents, laid_out, made, written
+from support.bundles import (
+    BARE,
+    FULL,
+    JUDGED,
+    Inline,
+    check_documents,
+    contents,
+    laid_out,
+    made,
+    written,
+)
 
 IN_PLACE = """\
 name = "pair"
@@ -49,16 +59,6 @@ posix = pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
 
 def models(folder: Path) -> list[str]:
     return [name for name in contents(folder / "out") if name.endswith((".onnx", "_data"))]
-
-
-def check(folder: Path) -> None:
-    """Hold manifest and metadata to the files that are there."""
-    there = contents(folder / "out")
-    listed = json.loads(there.pop("manifest.json"))["files"]
-    assert {name: file["sha256"] for name, file in listed.items()} == bundles.hashes(there)
-    tiers = json.loads(there["metadata.json"])["tiers"].values()
-    named = {graph["model"] for tier in tiers for graph in tier["graphs"].values()}
-    assert named == {name for name in there if name.endswith(".onnx")}
 
 
 @pytest.fixture
@@ -155,10 +155,10 @@ def test_a_tier_stays_until_another_takes_its_place(
     text = head + BARE.replace('"fp16w"\n', f'"fp16w"\nweights = "{weights}"\n')
     assert made(written(tmp_path, refused(text))).failed
     assert [n for n in models(tmp_path) if "fp16w" in n] == [n for n in before if "fp16w" in n]
-    check(tmp_path)
+    check_documents(tmp_path)
     assert not made(written(tmp_path, text)).failed
     assert ("fp16w/one.onnx" in models(tmp_path)) == (not head)
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_only_removes_nothing_that_is_not_replaced(recipe: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_only_removes_nothing_that_is_not_replaced(recipe: Path, tmp_path: Path)
     text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "shared"\n')
     made(written(tmp_path, text), only=["fp32"])
     assert models(tmp_path) == before
-    check(tmp_path)
+    check_documents(tmp_path)
     made(recipe)
     made(written(tmp_path, BARE), only=["fp16w/one"])  # shared, and one of them alone again
     assert [n for n in models(tmp_path) if "fp16w" in n] == [
@@ -174,7 +174,7 @@ def test_only_removes_nothing_that_is_not_replaced(recipe: Path, tmp_path: Path)
         "fp16w/shared.onnx_data",
         "fp16w/two.onnx",
     ]
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_a_renamed_tier_stays_until_all_is_in_its_place(recipe: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_renamed_tier_stays_until_all_is_in_its_place(recipe: Path, tmp_path: 
     outcome = made(written(tmp_path, text))
     assert outcome.removed == ["fp16w/one.onnx", "fp16w/two.onnx"]
     assert not (tmp_path / "out/fp16w").exists(), "nor an empty folder"
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_what_a_recipe_names_no_more_goes(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_what_a_recipe_names_no_more_goes(tmp_path: Path) -> None:
     assert [n for n in there if "two" in n or "golden" in n or "notes" in n] == []
     assert there.pop("mine.txt") == b"mine", "what no build made stays"
     (tmp_path / "out/mine.txt").unlink()
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_the_folder_of_work_keeps_what_is_needed(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_what_cannot_be_put_stops_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").unlink()
     said = f"{tmp_path / 'notes.txt'}: No such file or directory"
     assert made(recipe).errors == {"shared file notes.txt": said}
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 class Refusing(Inline):
@@ -284,7 +284,7 @@ def test_a_full_disk_stops_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "out").joinpath("manifest.json").read_text()
     assert told(OSError("odd")) == "odd"
     assert not made(tmp_path / "onnxforge.toml").errors
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 class Changing(Inline):
@@ -305,7 +305,7 @@ def test_a_source_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
     assert not made(recipe).errors
     there = tmp_path / "out/fp32/one.onnx"
     assert there.read_bytes() == (tmp_path / "source/one.onnx").read_bytes()
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_the_folder_of_work_may_be_on_another_disk(
@@ -329,7 +329,7 @@ def test_the_folder_of_work_may_be_on_another_disk(
     text = BARE.replace('"fp16w"\n', '"fp16w"\nweights = "sidecar"\n')
     assert not made(written(tmp_path, text)).errors
     assert not made(written(tmp_path, text.replace('"fp16w"', '"int8w{min_bytes=0}"'))).errors
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_what_cannot_be_removed_is_told_and_tried_again(
@@ -350,7 +350,7 @@ def test_what_cannot_be_removed_is_told_and_tried_again(
     assert outcome.errors == {"what is not in the recipe": f"{place}: Permission denied"}
     assert outcome.made == ["metadata.json", "manifest.json"]
     assert made(recipe).removed == ["notes.txt"]
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_md5_makes_no_model_again(recipe: Path, tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_what_did_not_run_is_tried_again(tmp_path: Path) -> None:
     recipe = laid_out(tmp_path, JUDGED + "[run]\ntimeout = 1e-9\n")
     assert "one.onnx: did not run to the end" in made(recipe).errors["fp16w/one"]
     assert not made(written(tmp_path, JUDGED)).errors
-    check(tmp_path)
+    check_documents(tmp_path)
 
 
 def test_a_source_that_does_not_run_is_told(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 
 from onnxforge.bundle.build import Outcome, build
@@ -112,3 +115,29 @@ def contents(folder: Path) -> dict[str, bytes]:
 def hashes(files: Mapping[str, bytes], algorithm: str = "sha256") -> dict[str, str]:
     """The hash of each file."""
     return {name: hashlib.new(algorithm, data).hexdigest() for name, data in files.items()}
+
+
+def document(folder: Path, name: str) -> Any:
+    """What a bundle says in a JSON file."""
+    return json.loads((folder / "out" / name).read_text(encoding="utf-8"))
+
+
+def _schema(name: str) -> Any:
+    file = resources.files("onnxforge.bundle") / f"{name}.schema.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_documents(folder: Path) -> None:
+    """Hold what a bundle says of itself to its schemas and to what is there."""
+    for name in ("metadata", "manifest"):
+        form = _schema(name)
+        jsonschema.Draft202012Validator.check_schema(form)
+        jsonschema.Draft202012Validator(form).validate(document(folder, f"{name}.json"))
+    there = contents(folder / "out")
+    del there["manifest.json"]
+    files = document(folder, "manifest.json")["files"]
+    assert {k: v["sha256"] for k, v in files.items()} == hashes(there)
+    assert {k: v["bytes"] for k, v in files.items()} == {k: len(v) for k, v in there.items()}
+    tiers = document(folder, "metadata.json")["tiers"].values()
+    named = {graph["model"] for tier in tiers for graph in tier["graphs"].values()}
+    assert named == {name for name in there if name.endswith(".onnx")}
