@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
-from onnxforge.walk import Scope, bodies
+from onnxforge.walk import Scope, bodies, input_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -324,7 +324,7 @@ class Elements:
             return None if attribute.is_ref() else ir.TensorType(ir.DataType(attribute.value))
         if isinstance(usual, ir.DataType):
             return ir.TensorType(usual)
-        given = node.inputs[usual] if usual is not None and len(node.inputs) > usual else None
+        given = None if usual is None else input_of(node, usual)
         return None if given is None else self._types.get(given)
 
     def _find_mixed(self) -> None:

@@ -13,6 +13,7 @@ from onnxforge.lazy import DerivedTensor
 from onnxforge.numerics.channels import Channels
 from onnxforge.numerics.int8 import Dequantize, Divide, Grid
 from onnxforge.surgery import Surgery
+from onnxforge.walk import input_of
 from onnxforge.weights import Weight, Weights
 
 __all__ = ["Fold", "Place", "fold", "scale_weight"]
@@ -144,8 +145,7 @@ def _maker(value: ir.Value) -> ir.Node:
 
 def _constant(node: ir.Node, index: int, weights: Weights) -> Weight | None:
     """A float32 constant that may change."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    weight = weights.of(value)
+    weight = weights.of(input_of(node, index))
     if weight is None or weight.dtype != _REAL or weight.is_overridable or weight.is_output:
         return None
     return None if weight.is_needed_constant else weight

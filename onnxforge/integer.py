@@ -14,6 +14,7 @@ from onnxforge.numerics.channels import Channels
 from onnxforge.numerics.int8 import Grid, Quantize
 from onnxforge.operands import Operand
 from onnxforge.surgery import Surgery, take_over
+from onnxforge.walk import input_of
 from onnxforge.weights import Weight, Weights
 
 __all__ = ["Integers", "Product", "Stored"]
@@ -241,7 +242,7 @@ class Integers:
     def _add_bias(self, product: Product, value: ir.Value) -> list[ir.Node]:
         """Nodes that add the third input of a Gemm or Conv."""
         node, weight, make = product.node, product.operand.weight, self.surgery.node
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = input_of(node, 2)
         beta = node.attributes.get_float("beta", 1.0)
         if bias is None or beta == 0:
             return []

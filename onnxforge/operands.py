@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxforge.numerics.channels import Channels
+from onnxforge.walk import input_of
 from onnxforge.weights import Weight, Weights
 
 __all__ = ["PRODUCTS", "Operand", "channel_axes", "ends", "trace", "weight_channels"]
@@ -113,7 +114,7 @@ def trace(reader: ir.Node, index: int, weights: Weights) -> Operand | None:
     Looks through what only moves elements, widens half precision to float32, or multiplies an
     int8 weight with its scale.
     """
-    value = reader.inputs[index] if index < len(reader.inputs) else None
+    value = input_of(reader, index)
     path: list[ir.Node] = []
     scale: Weight | None = None
     restored: tuple[ir.Node, ...] = ()
@@ -239,7 +240,7 @@ def _numbers(node: ir.Node, name: str, weights: Weights) -> list[int] | None:
     attribute = node.attributes.get(name)
     if attribute is not None:
         return None if attribute.is_ref() else [int(n) for n in attribute.as_ints()]
-    found = weights.of(node.inputs[1]) if len(node.inputs) > 1 else None
+    found = weights.of(input_of(node, 1))
     if found is None or found.is_overridable:
         return None
     return [int(n) for n in found.tensor.numpy().reshape(-1)]

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxforge.integer import Integers, Product
 from onnxforge.numerics.smoothing import ActivationGrid
+from onnxforge.walk import input_of
 from onnxforge.weights import Weight, Weights
 
 __all__ = ["Qdq", "StaticIntegers"]
@@ -91,8 +92,7 @@ class Qdq(StaticIntegers):
             index = 1 - other
             if reader.op_type != "Add" or reader.domain or reader.graph is not node.graph:
                 return None
-        value = reader.inputs[index] if index < len(reader.inputs) else None
-        bias = self.surgery.weights.of(value)
+        bias = self.surgery.weights.of(input_of(reader, index))
         if bias is None or bias.dtype != _REAL or bias.is_overridable or bias in self._frozen:
             return None
         if bias.tensor.shape.rank() > max(1, _rank(output)):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Scope",
     "bodies",
+    "input_of",
     "label",
     "named_tensors",
     "proto_graphs",
@@ -87,6 +88,11 @@ def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
             yield attribute.name, attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
             yield from ((attribute.name, body) for body in attribute.as_graphs())
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """An input of a node, None if it is left out or there are not so many."""
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def replace_tensors(

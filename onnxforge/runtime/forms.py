@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxforge.lazy import FileTensor
 from onnxforge.runtime.kernels import Provider, has_kernel, releases, within
 from onnxforge.runtime.uses import Use
-from onnxforge.walk import Scope, scopes
+from onnxforge.walk import Scope, input_of, scopes
 
 __all__ = ["Fault", "faults"]
 
@@ -131,14 +131,9 @@ def _is_cast(use: Use | None) -> bool:
     return not has_kernel(releases()[0], "cpu", operator, use.inputs, use.outputs)
 
 
-def _input(node: ir.Node, i: int) -> ir.Value | None:
-    """An input, None if it is left out; also of a node that lacks what it needs."""
-    return node.inputs[i] if i < len(node.inputs) else None
-
-
 def _constant(use: Use, i: int) -> ir.TensorProtocol | None:
     """The weight that is an input of a node."""
-    value = _input(use.node, i)
+    value = input_of(use.node, i)
     if value is None or value.const_value is not None:
         return None if value is None else value.const_value
     maker = value.producer()
@@ -156,10 +151,10 @@ def _count(use: Use, i: int) -> int:
 
 def _maker(use: Use, i: int) -> ir.Node | None:
     """The node that an input comes from, casts that may change nothing aside."""
-    value = _input(use.node, i)
+    value = input_of(use.node, i)
     maker = None if value is None else value.producer()
     while maker is not None and maker.op_type in ("Cast", "CastLike", "Identity"):
-        value = _input(maker, 0)
+        value = input_of(maker, 0)
         maker = None if value is None else value.producer()
     return maker
 
@@ -191,7 +186,7 @@ def _matmul_integer(use: Use) -> Fault | None:
     if _count(use, 2) > 1:
         text = "MatMulInteger has a zero point for each row of the activation"
         return Fault(use.where, text, at_run=True, providers=everywhere)
-    zero, weight = _constant(use, 3), _input(use.node, 1)
+    zero, weight = _constant(use, 3), input_of(use.node, 1)
     flat = zero is not None and len(zero.shape) == 1 and _count(use, 3) > 1
     if flat and (_rank(weight) or 0) > 2:
         text = "MatMulInteger has batched weights and a flat zero point for each column"
@@ -221,7 +216,7 @@ def _is_transposed(value: ir.Value | None) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        source = _input(node, 0)
+        source = input_of(node, 0)
         if node.op_type == "Transpose" and source is not None:
             if source.const_value is None or source.is_graph_input():
                 return True
@@ -237,10 +232,10 @@ def _batched_qdq(use: Use) -> Fault | None:
         return None
     weight = makers[1]
     assert weight is not None
-    zero = _input(weight, 2)
+    zero = input_of(weight, 2)
     if zero is None or zero.const_value is None or zero.const_value.size <= 1:
         return None
-    if (_rank(_input(weight, 0)) or 0) < 3:
+    if (_rank(input_of(weight, 0)) or 0) < 3:
         return None
     text = "MatMul of batched weights that are dequantized with a zero point for each column"
     return Fault(use.where, text, at_run=True)
@@ -252,7 +247,7 @@ def _mul(use: Use) -> Fault | None:
     for i in (0, 1):
         maker = _maker(use, i)
         gate = maker is not None and maker.op_type == "Sigmoid"
-        if maker is not None and gate and _input(maker, 0) is use.node.inputs[1 - i]:
+        if maker is not None and gate and input_of(maker, 0) is use.node.inputs[1 - i]:
             text = "x * Sigmoid(x) of double is fused into what only takes float"
             return Fault(use.where, text, "..1.30")
     return None
@@ -288,7 +283,7 @@ def _grid_sample(use: Use) -> Fault | None:
 
 
 def _cast_like(use: Use, known: Mapping[ir.Node, Use]) -> Fault | None:
-    value = _input(use.node, 0)
+    value = input_of(use.node, 0)
     maker = None if value is None else value.producer()
     if use.inputs != ("float16", "float16") or maker is None:
         return None
